@@ -1,0 +1,292 @@
+"""Checkpoints of a train state: written in the background, checked before use, safe against a kill at any moment.
+
+    checkpoints/00001000/manifest.json    written last, so it is the commit (`manifest.py`)
+    checkpoints/00001000/state/           the arrays, written by Orbax under their paths in the state
+
+Nothing that a manifest names is changed or removed before another checkpoint is committed; whatever no manifest names
+is a left-over of a killed run and goes before the next save. No folder is renamed, as object stores cannot.
+Not here: when to save, what to do on a signal (`trainer.py`), and what a state holds (`state.py`).
+"""
+
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import Array, PyTree
+
+from bitsperdim import manifest as manifest_lib
+from bitsperdim.errors import InputError
+from bitsperdim.manifest import Damaged, Manifest
+
+_NONE, _ALL_DAMAGED = -1, -2  # what the first host tells the others when there is no step to restore
+
+
+class Checkpoints:
+    """The checkpoints of one stage of a run: the newest `keep`, and the best.
+
+    `best` is the name of a metric and whether 'min' or 'max' of it is best, such as ('bits_per_dim', 'min'); metrics
+    are stored with each checkpoint, so the best survives a restart. With several hosts each calls every method, in the
+    same order, and the folder is on storage that all of them see. Usable as a context manager.
+    """
+
+    def __init__(self, folder: epath.PathLike, keep: int = 2, best: tuple[str, str] | None = None):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, not {keep}")
+        if best is not None and best[1] not in ("min", "max"):
+            raise ValueError(f"best must be (metric, 'min' or 'max'), not {best}")
+        logging.getLogger("absl").addFilter(_is_not_from_orbax)
+        self._folder = _absolute(epath.Path(folder))
+        self._keep = keep
+        self._best = best
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._damaged: set[int] = set()
+
+    def save(self, step: int, state: PyTree[Array], metrics: Mapping[str, float] | None = None) -> None:
+        """Saves `state` as the checkpoint of `step`, replacing an older one of that step once the new one is whole.
+
+        Returns as soon as the arrays are copied to the host, so `state` may be donated at once; the rest happens in a
+        thread. Waits for the save before. Raises what that one or this one met: InputError for a full disk.
+        """
+        self.wait()
+        folder = self._path(step)
+        if _is_first_host():
+            self._remove_leftovers()
+        arrays = _saved(_by_path(state))
+        committed = _read(folder)
+        data = "state" if committed is None or committed.data != "state" else "state_again"
+        contents = {path: _describe(leaf) for path, leaf in _by_path(state).items()}
+        metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        try:
+            self._orbax.save(folder / data, args=ocp.args.PyTreeSave(arrays))
+        except Exception as error:
+            _raise_explained(error, folder)
+        self._pending = self._thread.submit(self._commit, step, data, metrics, contents)
+
+    def restore(self, abstract: PyTree[jax.ShapeDtypeStruct]) -> tuple[int, PyTree[Array]] | None:
+        """The newest whole checkpoint as (step, state), or None where nothing was ever committed.
+
+        `abstract` gives shapes, dtypes and shardings (on any mesh; without one: the first device). It may leave out
+        whole top-level entries of the saved state, such as the optimizer's where only samples are wanted. A damaged
+        checkpoint is named on stderr and the one before it taken. Raises InputError where all are damaged, and where
+        the arrays are not those that `abstract` asks for.
+        """
+        self.wait()
+        step = _from_first_host(self._newest_whole)
+        if step == _ALL_DAMAGED:
+            raise InputError(
+                f"every checkpoint in {self._folder} is damaged; restore a copy of it, or use a new --workdir"
+            )
+        if step == _NONE:
+            return None
+        return step, self._load(step, abstract)
+
+    def restore_step(self, step: int, abstract: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
+        """The state of one step, as `restore`; InputError where that checkpoint does not exist or is damaged."""
+        self.wait()
+        try:
+            manifest_lib.verify(self._path(step))
+        except FileNotFoundError as error:
+            steps = ", ".join(map(str, self.steps())) or "none"
+            raise InputError(f"{self._folder} has no checkpoint of step {step}; there is {steps}") from error
+        except Damaged as damage:
+            raise InputError(f"{damage}; use the checkpoint of another step") from damage
+        return self._load(step, abstract)
+
+    def steps(self) -> list[int]:
+        """The committed steps, in order."""
+        if not self._folder.exists():
+            return []
+        folders = [path for path in self._folder.iterdir() if path.name.isdigit()]
+        return sorted(int(path.name) for path in folders if (path / manifest_lib.FILE).exists())
+
+    def best_step(self) -> int | None:
+        """The step with the best metric, the earliest of equals; None where no checkpoint has a finite one."""
+        if self._best is None:
+            return None
+        name, direction = self._best
+        manifests = {step: _read(self._path(step)) for step in self.steps()}
+        values = {step: found.metrics.get(name, math.nan) for step, found in manifests.items() if found is not None}
+        finite = {step: value for step, value in values.items() if math.isfinite(value)}
+        pick = min if direction == "min" else max
+        return pick(finite, key=lambda step: finite[step], default=None)
+
+    def wait(self) -> None:
+        """Returns once no save is under way, on any host; raises what the last one met."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        error = pending.exception()
+        if jax.process_count() > 1:  # before raising: the other hosts wait here too
+            multihost_utils.sync_global_devices("checkpoint committed")
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Waits, then ends the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _commit(self, step: int, data: str, metrics: dict[str, float], contents: dict[str, str]) -> None:
+        """In the thread: waits for Orbax, then hashes, commits and tidies up, on the first host."""
+        folder = self._path(step)
+        try:
+            self._orbax.wait_until_finished()
+            if _is_first_host():
+                files = manifest_lib.hash_files(folder / data)
+                manifest_lib.write(folder, Manifest(step, data, metrics, contents, files))
+                self._remove_old(step)
+        except Exception as error:
+            _raise_explained(error, folder)
+
+    def _remove_old(self, newest: int) -> None:
+        """Removes what need not be kept now that `newest` is committed, and what `restore` found damaged."""
+        whole = [step for step in self.steps() if step not in self._damaged or step == newest]
+        kept = {newest, self.best_step(), *whole[-self._keep :]}
+        for step in self.steps():
+            if step not in kept:
+                # The manifest first: half a removed checkpoint must not look like a whole one.
+                (self._path(step) / manifest_lib.FILE).unlink()
+                self._path(step).rmtree()
+        self._damaged.clear()
+
+    def _remove_leftovers(self) -> None:
+        """Removes what saves and removals that were killed have left behind. No save may be under way."""
+        folders = self._folder.iterdir() if self._folder.exists() else []
+        for folder in [path for path in folders if path.name.isdigit()]:
+            committed = _read(folder)
+            if committed is None:
+                folder.rmtree()
+                continue
+            for path in list(folder.iterdir()):
+                if path.name not in (manifest_lib.FILE, committed.data):
+                    path.rmtree() if path.is_dir() else path.unlink()
+
+    def _newest_whole(self) -> int:
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                manifest_lib.verify(self._path(step))
+                return step
+            except Damaged as damage:
+                self._damaged.add(step)
+                print(f"warning: checkpoint of step {step} is damaged: {damage}", file=sys.stderr)
+        return _ALL_DAMAGED if steps else _NONE
+
+    def _load(self, step: int, abstract: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
+        """Reads a verified checkpoint."""
+        committed = manifest_lib.read(self._path(step))
+        wanted = _by_path(jax.tree.map(_placed, abstract))
+        _check_contents(committed.arrays, wanted, self._path(step))
+        stored = _saved(wanted)
+        arguments = ocp.args.PyTreeRestore(
+            stored, restore_args=ocp.checkpoint_utils.construct_restore_args(stored), partial_restore=True
+        )
+        arrays = self._orbax.restore(self._path(step) / committed.data, args=arguments)
+        empty = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        leaves = [arrays[path] if path in stored else empty(leaf) for path, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+    def _path(self, step: int) -> epath.Path:
+        return self._folder / f"{step:08d}"
+
+
+def _by_path(tree: PyTree) -> dict[str, jax.Array]:
+    """Leaves by path, such as 'opt/0/mu/encoder/kernel', in the order of the tree.
+
+    Arrays are stored under their paths, so that a file depends on no container class of optax or of ours.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):
+        raise ValueError("two arrays of the state have the same path; names must not contain '/'")
+    return named
+
+
+def _saved(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Orbax refuses arrays without elements; the manifest alone holds those."""
+    return {path: leaf for path, leaf in leaves.items() if leaf.size > 0}
+
+
+def _describe(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check_contents(stored: dict[str, str], wanted: Mapping[str, jax.ShapeDtypeStruct], folder: epath.Path) -> None:
+    """Orbax would cast, pad or cut in silence. Raises InputError for the first array that is not as it is wanted."""
+    remedy = "use the config that it was trained with, or a new --workdir"
+    for path, leaf in wanted.items():
+        if path not in stored:
+            raise InputError(f"{folder} has no array '{path}', which should be {_describe(leaf)}; {remedy}")
+        if stored[path] != _describe(leaf):
+            raise InputError(f"'{path}' is {stored[path]} in {folder}, but should be {_describe(leaf)}; {remedy}")
+    entries = {path.split("/")[0] for path in wanted}
+    for path in stored:
+        if path not in wanted and path.split("/")[0] in entries:
+            raise InputError(f"{folder} has an array '{path}' {stored[path]}, which should not be there; {remedy}")
+
+
+def _read(folder: epath.Path) -> Manifest | None:
+    """The manifest, or None where nothing was committed or can be known any more."""
+    try:
+        return manifest_lib.read(folder)
+    except (FileNotFoundError, Damaged):
+        return None
+
+
+def _raise_explained(error: Exception, folder: epath.Path) -> NoReturn:
+    """Errors of the file system as one line for people; tensorstore hides their code in the text of a ValueError."""
+    hidden = re.search(r"os_error_code='(\d+)'", str(error))
+    code = error.errno if isinstance(error, OSError) else int(hidden[1]) if hidden else None
+    if code is None:
+        raise error
+    raise InputError(
+        f"cannot write the checkpoint {folder}: {os.strerror(code)}; make room there or use another --workdir "
+        "(the checkpoints before it are whole)"
+    ) from error
+
+
+def _is_first_host() -> bool:
+    return jax.process_index() == 0
+
+
+def _from_first_host(function: Callable[[], int]) -> int:
+    """The first host's value on every host: hosts that restored different steps would go on from a mixture of them."""
+    value = function() if _is_first_host() else 0
+    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _absolute(folder: epath.Path) -> epath.Path:
+    """Orbax wants absolute paths; 'gs://bucket/...' is one, though `resolve` does not know it."""
+    return folder if "://" in os.fspath(folder) else folder.resolve()
+
+
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs each step of its work, and a failure with five tracebacks; what matters of it we raise ourselves."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname

@@ -1,0 +1,47 @@
+"""The figures of a model over every image of a split, each counted once, whatever the batch, devices or hosts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Key, PyTree
+
+from bitsperdim import data, sharding
+from bitsperdim.likelihood import Means
+from bitsperdim.model import Batch, Model
+
+
+def compiled(model: Model, mesh: Mesh) -> Callable[[PyTree, PyTree, Batch, Array], Any]:
+    """`model.measure` with its results gathered on every host."""
+    return jax.jit(model.measure, out_shardings=sharding.replicated(mesh))
+
+
+def evaluate(
+    model: Model,
+    measure: Callable[[PyTree, PyTree, Batch, Array], Any],
+    params: PyTree,
+    extra: PyTree,
+    source: data.Source,
+    batch_size: int,
+    mesh: Mesh,
+    key: Key[Array, ""],
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, float]:
+    """`model.summarize` of the exact means over `source`, with `images` and the standard error of every part.
+
+    `progress(done)` is called after each batch, in images.
+    """
+    means, tallies = Means(), None
+    for batch in data.evaluation_batches(source, batch_size, sharding.over_batch(mesh)):
+        aux = jax.device_get(measure(params, extra, batch, key))
+        # Only the tail of the split is padding, so every host knows the mask of all rows.
+        means.add(aux.parts, np.arange(batch_size) < source.size - means.count)
+        # float64: a split of millions of images has counts that float32 cannot hold.
+        widened = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), aux.tallies)
+        tallies = widened if tallies is None else jax.tree.map(np.add, tallies, widened)
+        progress(means.count)
+    summary = model.summarize(means.means(), tallies)
+    errors = {f"{name}_standard_error": means.standard_error(name) for name in means.means() if name in summary}
+    return {"images": means.count, **summary, **errors}

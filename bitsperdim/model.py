@@ -1,0 +1,73 @@
+"""The records between the loop and the families: Model, Aux, Stage, and the train state.
+
+A family is a module (named by the config's `family`) that exports
+
+    Config                            the frozen dataclass that its configs are unpacked into
+    stages(config) -> tuple[Stage]    in the order in which they depend on each other
+    report(config, measured)          the figures of a whole run, from those of its stages
+    sampler(run, mesh)                sample(key, count, options) -> (uint8 images, what was measured)
+
+Not here: how a stage is trained (`trainer.py`) and how a step is compiled (`step.py`).
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+if TYPE_CHECKING:
+    from bitsperdim.data import Source
+    from bitsperdim.optim import OptimConfig
+    from bitsperdim.run import Run
+    from bitsperdim.trainer import TrainConfig
+
+Batch = dict[str, Array]
+
+
+class Aux(NamedTuple):
+    """What a loss returns beside its objective. Tallies and statistics are sums over the examples of the batch, so
+    that they may be added over devices and micro-batches; means would not survive a ragged last batch."""
+
+    parts: dict[str, Float[Array, " b"]]  # one value per example, named with its unit
+    tallies: PyTree  # what `summarize` needs beside the parts (code counts)
+    statistics: PyTree  # what `update_extra` needs (codebook sums, BatchNorm moments); not kept
+
+
+class Model(NamedTuple):
+    """A family's model as pure functions.
+
+    `loss` is trained with the noise of its key; `measure` is the deterministic evaluation of one batch. Both see a
+    batch with `position` (int32, the example's index in the global batch or split) beside the fields of the source;
+    `measure` also with `mask` (bool, False for padding).
+    """
+
+    init: Callable[[Key[Array, ""]], tuple[PyTree, PyTree]]  # -> params, extra
+    loss: Callable[[PyTree, PyTree, Batch, Key[Array, ""], Int[Array, ""]], tuple[Float[Array, ""], Aux]]
+    measure: Callable[[PyTree, PyTree, Batch, Key[Array, ""]], Aux]  # masked examples count in no tally
+    summarize: Callable[[dict[str, float], PyTree], dict[str, float]]  # means of the parts, tallies -> logged figures
+    update_extra: Callable[[PyTree, PyTree, Key[Array, ""], Int[Array, ""]], PyTree] = lambda extra, *_: extra
+
+
+class Training(NamedTuple):
+    """All that the loop needs to train one stage; built when the stages before it are complete."""
+
+    model: Model
+    train: "Source"
+    evaluation: "Source"
+    facts: dict[str, Any]  # what the data turned out to be (shape, levels, ...): kept in STAGE/data.json
+    pictures: Callable[
+        [PyTree, PyTree, Key[Array, ""]], dict[str, np.ndarray]
+    ]  # (params, extra, key) -> uint8 pictures
+
+
+class Stage(NamedTuple):
+    """One part of a run: trained (`build`, `optim`, `settings`) or extracted (`extract`, `is_extracted`)."""
+
+    name: str
+    needs: tuple[str, ...] = ()
+    build: Callable[["Run", Any], Training] | None = None  # (run, mesh)
+    optim: "OptimConfig | None" = None
+    settings: "TrainConfig | None" = None
+    extract: Callable[["Run", Any], None] | None = None  # (run, mesh)
+    is_extracted: Callable[["Run"], bool] | None = None

@@ -1,0 +1,175 @@
+"""A run is a folder: its config, what it was started on, and one folder per stage.
+
+    WORKDIR/config.json          the config in full
+    WORKDIR/environment.json     versions, devices and CPU count, on which bit-for-bit equality rests
+    WORKDIR/STAGE/               metrics.jsonl, checkpoints/, images/
+
+Not here: what is inside a checkpoint (`checkpoint.py`), and what a stage does (`trainer.py`).
+"""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from bitsperdim import atomic, optim
+from bitsperdim import config as config_lib
+from bitsperdim.errors import InputError
+from bitsperdim.model import Stage
+
+# Keys that do not change what is learned: they may differ when a run is started again.
+FREE_KEYS = frozenset(
+    {"data_dir", "cache_dir", "log_every", "evaluate_every", "pictures_every", "save_every", "keep_checkpoints"}
+    | {"accumulation", "max_non_finite"}
+)
+
+
+class Run(NamedTuple):
+    workdir: epath.Path
+    config: Any  # the family's Config
+    family: types.ModuleType
+
+    def folder(self, stage: str) -> epath.Path:
+        return self.workdir / stage
+
+    def stages(self) -> tuple[Stage, ...]:
+        return self.family.stages(self.config)
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name; `InputError` with the existing ones otherwise."""
+        for stage in self.stages():
+            if stage.name == name:
+                return stage
+        names = ", ".join(stage.name for stage in self.stages())
+        raise InputError(f"there is no stage '{name}' in {self.workdir}; its stages are {names}")
+
+
+def parse(values: ConfigDict | Mapping[str, Any]) -> tuple[types.ModuleType, Any]:
+    """The family's module and its `Config`, every key checked."""
+    if isinstance(values, ConfigDict):
+        values = values.to_dict()
+    if "family" not in values:
+        raise InputError("the config lacks the key 'family' (for example 'vqvae2')")
+    name = values["family"]
+    if not isinstance(name, str) or not name.isidentifier():
+        raise InputError(f"'family' must name an installed family such as 'vqvae2', not {name!r}")
+    try:
+        family = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise InputError(f"the family '{name}' of the config is not an installed package") from error
+    if not hasattr(family, "Config") or not hasattr(family, "stages"):
+        raise InputError(f"'{name}' is not a family of models: it exports no Config and stages")
+    return family, config_lib.unpack(values, family.Config)
+
+
+def check(workdir: str | os.PathLike[str], values: ConfigDict | Mapping[str, Any]) -> Run:
+    """A new run for `workdir`, or the one that is there if it has the same config (`FREE_KEYS` apart).
+
+    Writes nothing: a data set that turns out to be missing should leave no folder behind.
+    """
+    family, config = parse(values)
+    folder = epath.Path(workdir)
+    run = Run(folder, config, family)
+    if (folder / "config.json").exists():
+        _refuse_differences(_read(folder), run)
+    elif folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty and is no run (it has no config.json); use a new --workdir")
+    return run
+
+
+def create(run: Run) -> list[str]:
+    """Writes the run's config and environment; returns a line for each thing that changed since the last start."""
+    try:
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            write_json(run.workdir / "config.json", config_lib.to_plain(run.config))
+        return _note_environment(run)
+    except OSError as error:
+        raise InputError(f"cannot write to {run.workdir}: {error.strerror}; use another --workdir") from error
+
+
+def open_run(workdir: str | os.PathLike[str]) -> Run:
+    """The run in an existing folder; `InputError` when it is none."""
+    folder = epath.Path(workdir)
+    if not folder.exists():
+        raise InputError(f"there is no run folder {folder}")
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} is no run: it has no config.json")
+    values = _read(folder)
+    family, config = parse(values)
+    return Run(folder, config, family)
+
+
+def _note_environment(run: Run) -> list[str]:
+    now = {
+        "bitsperdim": importlib.metadata.version("bitsperdim"),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "mesh": config_lib.to_plain(run.config.mesh),
+    }
+    path = run.workdir / "environment.json"
+    before = json.loads(path.read_text()) if path.exists() else now
+    if jax.process_index() == 0:
+        write_json(path, now)
+    return [
+        f"{key} changed from {before.get(key)} to {value}" for key, value in now.items() if before.get(key) != value
+    ]
+
+
+def _refuse_differences(old: dict[str, Any], run: Run) -> None:
+    before = dict(config_lib.flatten(old))
+    after = dict(config_lib.flatten(config_lib.to_plain(run.config)))
+    lines = [
+        f"         {key}   {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not _may_differ(key, before, after, run.config)
+    ]
+    if lines:
+        raise InputError(
+            f"{run.workdir} was trained with another config; use a new --workdir or the old values:\n"
+            + "\n".join(lines)
+        )
+
+
+def _may_differ(key: str, before: dict[str, Any], after: dict[str, Any], config: Any) -> bool:
+    section, _, name = key.rpartition(".")
+    if name in FREE_KEYS or section.split(".")[0] == "mesh":
+        return True
+    if name == "steps" and key in before and key in after:
+        return after[key] > before[key] and not optim.depends_on_steps(_optim_beside(section, config))
+    return False
+
+
+def _optim_beside(section: str, config: Any) -> optim.OptimConfig:
+    """The optimizer section that stands beside a `train` section."""
+    parent = config
+    for name in section.split(".")[:-1]:
+        parent = getattr(parent, name)
+    return parent.optim
+
+
+def _read(folder: epath.Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); restore it, or use a new --workdir") from error
+
+
+def write_json(path: epath.Path, values: Any) -> None:
+    """Atomically: a killed process leaves the old file or the new one. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())

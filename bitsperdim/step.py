@@ -1,0 +1,134 @@
+"""The compiled training step: gradients over micro-batches, clipping, the skip rule, the Polyak average, statistics.
+
+Everything here happens on the devices, in one program that is given the state and gives it back (donated).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PyTree
+
+from bitsperdim import optim, rng, sharding
+from bitsperdim.model import Aux, Batch, Model
+from bitsperdim.optim import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The settings of one training stage."""
+
+    batch_size: int  # global, over all hosts and devices
+    steps: int
+    accumulation: int = 1  # micro-batches a step; changes memory, not what is learned
+    clip_norm: float = 0.0  # global gradient norm; 0: no clipping
+    skip_norm: float = 0.0  # a step whose norm exceeds it is not taken; 0: only non-finite ones are not
+    skip_patience: int = 100  # after so many skips in a row a finite step is taken all the same
+    max_non_finite: int = 50  # so many non-finite steps in a row end the run
+    ema_decay: float = 0.9999
+    ema_ramp: bool = True  # decay min(ema_decay, (1 + t) / (10 + t)); False: the plain rule of the papers
+    log_every: int = 100
+    evaluate_every: int = 1000
+    pictures_every: int = 1000
+    save_every: int = 1000
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, not {value}")
+            if field.name.endswith("_norm") and value < 0:
+                raise ValueError(f"{field.name} must be positive, or 0 for none, not {value}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), not {self.ema_decay}")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size must be divisible by accumulation, not {self.batch_size} by {self.accumulation}"
+            )
+
+
+class Report(NamedTuple):
+    """What a step tells the loop; stays on the devices until the loop asks for it."""
+
+    parts: dict[str, Float[Array, ""]]  # means over the batch
+    tallies: PyTree
+    figures: dict[str, Array]  # objective, gradient norm, learning rate, skip counters
+
+
+def compiled(
+    model: Model, optim_config: OptimConfig, config: TrainConfig, seed: int, mesh: Mesh, like: PyTree
+) -> Callable[[PyTree, Batch], tuple[PyTree, Report]]:
+    """`step(state, batch) -> state, report`, laid out as `like` (from `state.abstract`); its state is donated."""
+    optimizer = optim.optimizer(optim_config, config.steps)
+    learning_rate = optim.schedule(optim_config, config.steps)
+
+    def step(state: PyTree, batch: Batch) -> tuple[PyTree, Report]:
+        key = rng.step_key(seed, state["step"])
+        objective, aux, gradients = _gradients(model, config.accumulation, state, batch, key)
+        norm = optax.global_norm(gradients)
+        taken, skips = _skip_rule(config, state["skips"], objective, norm)
+        if config.clip_norm:
+            scale = jnp.minimum(1.0, config.clip_norm / norm)
+            gradients = jax.tree.map(lambda leaf: leaf * scale, gradients)
+        updates, opt = optimizer.update(gradients, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        num_taken = state["step"] - state["skips"]["total"]
+        new = {
+            "params": params,
+            "ema": optim.polyak(state["ema"], params, config.ema_decay, num_taken, config.ema_ramp),
+            "opt": opt,
+            "extra": model.update_extra(state["extra"], aux.statistics, key, state["step"]),
+        }
+        kept = {name: state[name] for name in new}
+        new = jax.tree.map(lambda after, before: jnp.where(taken, after, before), new, kept)
+        figures = {"objective": objective, "gradient_norm": norm, "learning_rate": learning_rate(num_taken)}
+        figures |= {"skipped_steps": skips["total"], "non_finite_in_a_row": skips["non_finite_in_a_row"]}
+        parts = {name: values.mean() for name, values in aux.parts.items()}
+        return {"step": state["step"] + 1, **new, "skips": skips}, Report(parts, aux.tallies, figures)
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+
+
+def _gradients(model: Model, accumulation: int, state: PyTree, batch: Batch, key: Array) -> tuple[Array, Aux, PyTree]:
+    """Objective and gradients are means, tallies and statistics sums, over the micro-batches; parts are joined."""
+    value_and_grad = jax.value_and_grad(model.loss, has_aux=True)
+    total = None
+    # A micro-batch takes every n-th example, so that each device cuts it from its own rows. Unrolled: XLA's CPU backend
+    # is an order of magnitude slower at gradients of convolutions inside a scan.
+    for i in range(accumulation):
+        micro = jax.tree.map(lambda leaf, i=i: leaf.reshape(-1, accumulation, *leaf.shape[1:])[:, i], batch)
+        (objective, aux), gradients = value_and_grad(state["params"], state["extra"], micro, key, state["step"])
+        part = (objective / accumulation, aux, jax.tree.map(lambda leaf: leaf / accumulation, gradients))
+        total = part if total is None else _add(total, part)
+    assert total is not None
+    return total
+
+
+def _add(a: tuple[Array, Aux, PyTree], b: tuple[Array, Aux, PyTree]) -> tuple[Array, Aux, PyTree]:
+    add = lambda x, y: jax.tree.map(jnp.add, x, y)
+    parts = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a[1].parts, b[1].parts)
+    aux = Aux(parts, add(a[1].tallies, b[1].tallies), add(a[1].statistics, b[1].statistics))
+    return a[0] + b[0], aux, add(a[2], b[2])
+
+
+def _skip_rule(config: TrainConfig, skips: PyTree, objective: Array, norm: Array) -> tuple[Array, PyTree]:
+    """Is this step taken, and the counters after it.
+
+    Never when it is not finite. When its norm exceeds `skip_norm`, only after `skip_patience` skips in a row:
+    parameters that always give a larger norm would otherwise lock the run for ever.
+    """
+    finite = jnp.isfinite(objective) & jnp.isfinite(norm)
+    taken = finite
+    if config.skip_norm:
+        taken &= (norm <= config.skip_norm) | (skips["in_a_row"] >= config.skip_patience)
+    return taken, {
+        "total": skips["total"] + ~taken,
+        "in_a_row": jnp.where(taken, 0, skips["in_a_row"] + 1),
+        "non_finite_in_a_row": jnp.where(finite, 0, skips["non_finite_in_a_row"] + 1),
+    }

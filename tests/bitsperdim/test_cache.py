@@ -1,0 +1,108 @@
+"""The cache of decoded images: whole or absent, whatever happens to its writers."""
+
+import io
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bitsperdim import cache
+from bitsperdim.errors import InputError
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), np.uint8)
+LABELS = np.arange(10, dtype=np.int32)
+
+
+def chunks():
+    for start in range(0, 10, 4):
+        yield cache.Chunk(IMAGES[start : start + 4], LABELS[start : start + 4])
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_written_is_read(tmp_path):
+    folder = tmp_path / "deep" / "digits-train"
+    assert cache.load(folder) is None
+    cache.write(folder, "digits", 10, 5, chunks())
+    cached = cache.load(folder)
+    np.testing.assert_array_equal(cached.images, IMAGES)
+    np.testing.assert_array_equal(cached.labels, LABELS)
+    assert cached.num_classes == 5 and isinstance(cached.images, np.memmap) and not cached.images.flags.writeable
+    assert names(folder) == ["images.npy", "info.json", "labels.npy"]
+
+
+def test_without_classes_there_are_no_labels(tmp_path):
+    cache.write(tmp_path / "a", "digits", 10, 0, chunks())
+    assert cache.load(tmp_path / "a").labels is None
+    assert names(tmp_path / "a") == ["images.npy", "info.json"]
+
+
+def test_the_first_of_two_writers_wins_and_the_other_leaves_nothing(tmp_path):
+    def overtaken():
+        for chunk in chunks():
+            yield chunk
+        cache.write(tmp_path / "a", "first", 10, 5, chunks())
+
+    cache.write(tmp_path / "a", "second", 10, 5, overtaken())
+    assert names(tmp_path) == ["a"]
+    assert '"first"' in (tmp_path / "a" / "info.json").read_text()
+
+
+def test_a_failed_writer_leaves_nothing(tmp_path):
+    def broken():
+        yield next(chunks())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.write(tmp_path / "a", "digits", 10, 5, broken())
+    assert names(tmp_path) == []
+
+
+def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_cache(tmp_path):
+    program = """
+import os, pathlib, signal, sys
+import numpy as np
+from bitsperdim import cache
+
+def killed():
+    yield cache.Chunk(np.zeros((4, 4, 4, 3), np.uint8), np.zeros(4, np.int32))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+cache.write(pathlib.Path(sys.argv[1]), "digits", 10, 5, killed())
+"""
+    folder = tmp_path / "a"
+    assert subprocess.run([sys.executable, "-c", program, str(folder)]).returncode == -signal.SIGKILL
+    assert len(names(tmp_path)) == 1 and names(tmp_path)[0].startswith(".a-")
+    assert cache.load(folder) is None
+    cache.write(folder, "digits", 10, 5, chunks())
+    np.testing.assert_array_equal(cache.load(folder).images, IMAGES)
+
+
+def test_a_truncated_cache_is_named(tmp_path):
+    cache.write(tmp_path / "a", "digits", 10, 5, chunks())
+    with open(tmp_path / "a" / "images.npy", "r+b") as file:
+        file.truncate(200)
+    with pytest.raises(InputError, match=r"the cache .*a is damaged \(.*\); remove the folder and start again"):
+        cache.load(tmp_path / "a")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(InputError, match=r"cannot write the cache .*; set data.cache_dir or BITSPERDIM_CACHE"):
+        cache.write(tmp_path / "file" / "a", "digits", 10, 5, chunks())
+
+
+def test_progress_is_one_line_on_a_terminal_and_a_few_elsewhere(monkeypatch, tmp_path):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, lines, returns in ((Terminal(), 1, 3), (io.StringIO(), 3, 0)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        cache.write(tmp_path / str(lines), "digits train", 10, 5, chunks())
+        assert (stream.getvalue().count("\n"), stream.getvalue().count("\r")) == (lines, returns)
+        assert stream.getvalue().endswith("decoding digits train (once): 10 of 10\n")

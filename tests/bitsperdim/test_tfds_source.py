@@ -1,0 +1,211 @@
+"""TFDS folders against the known figures of the data sets, TFDS's own reader, and small damaged copies."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bitsperdim import data
+from bitsperdim.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def open_split(tfds_dir, cache_dir):
+    def open_it(name, split, **values):
+        values = {"data_dir": str(tfds_dir), "cache_dir": str(cache_dir)} | values
+        return data.open_source(data.DataConfig("tfds", name=name, **values), split)
+
+    return open_it
+
+
+@pytest.fixture
+def small(tfds_dir, tmp_path):
+    """A data directory with `small/1.0.0`: the first records of CIFAR-10 test, changed as asked."""
+    # Imported here: the tests of other sources run without it.
+    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+    def make(change=lambda index, record: record, version="1.0.0", info=None, features=None):
+        origin, folder = tfds_dir / "cifar10" / "3.0.2", tmp_path / "small" / version
+        folder.mkdir(parents=True)
+        reader = ArrayRecordReader(str(origin / "cifar10-test.array_record-00000-of-00001"))
+        writer = ArrayRecordWriter(str(folder / "small-test.array_record-00000-of-00001"), "group_size:1")
+        for index, record in enumerate(reader.read(list(range(4)))):
+            writer.write(change(index, record))
+        writer.close()
+        reader.close()
+        split = json.loads((origin / "dataset_info.json").read_text())["splits"][1] | {"shardLengths": ["4"]}
+        content = {"name": "small", "version": version, "fileFormat": "array_record", "splits": [split]} | (info or {})
+        (folder / "dataset_info.json").write_text(json.dumps(content))
+        names = features or ["id", "image", "label"]
+        described = json.loads((origin / "features.json").read_text())
+        kept = {name: described["featuresDict"]["features"][name] for name in names}
+        (folder / "features.json").write_text(json.dumps(described | {"featuresDict": {"features": kept}}))
+        return tmp_path
+
+    return make
+
+
+def test_cifar10_has_its_known_moments_and_labels(open_split):
+    source = open_split("cifar10", "evaluation")
+    assert source[:5] == ("cifar10:3.0.2 test", 10000, (32, 32, 3), 256, 10)
+    examples = source.read(np.arange(10000))
+    pixels = examples["image"].reshape(-1, 3) / 255
+    np.testing.assert_allclose(pixels.mean(axis=0), [0.4942, 0.4851, 0.4504], atol=5e-5)
+    np.testing.assert_allclose(pixels.std(axis=0), [0.2467, 0.2429, 0.2616], atol=5e-5)
+    np.testing.assert_array_equal(np.bincount(examples["label"]), [1000] * 10)
+    assert examples["image"].dtype == np.uint8 and examples["label"].dtype == np.int32
+
+
+def test_records_are_those_of_tfds_in_its_order(open_split, tfds_dir):
+    import tensorflow_datasets as tfds
+
+    records = tfds.data_source("cifar10", data_dir=tfds_dir, split="test[:3%]")
+    examples = open_split("cifar10:3.0.2", "test[:3%]").read(np.arange(300))
+    for index in (0, 1, 299):
+        np.testing.assert_array_equal(examples["image"][index], records[index]["image"])
+        assert examples["label"][index] == records[index]["label"]
+
+
+def test_sub_splits_have_the_sizes_of_tfds_and_share_no_cache(open_split):
+    assert open_split("cifar10", "train", train_split="train[99%:]").size == 500
+    assert open_split("cifar10", "test[:3]+train[:2]").size == 5
+    head, tail = (open_split("cifar10", split).read(np.arange(2))["image"] for split in ("test[:2]", "test[2:4]"))
+    assert (head != tail).any()
+
+
+def test_binarized_mnist_has_two_levels_and_no_labels(open_split):
+    source = open_split("binarized_mnist", "validation[:100]")
+    examples = source.read(np.arange(100))
+    assert (source.levels, source.num_classes, list(examples)) == (2, 0, ["image"])
+    np.testing.assert_array_equal(np.unique(examples["image"]), [0, 1])
+    with pytest.raises(InputError, match="has 2 levels and bits reduces from 256 only"):
+        open_split("binarized_mnist", "validation[:100]", bits=5)
+
+
+def test_a_configuration_is_found_by_its_name(open_split):
+    source = open_split("celeb_a_hq/64", "train[:3]", image_size=64)
+    assert source[:4] == ("celeb_a_hq/64:2.0.0 train[:3]", 3, (64, 64, 3), 256)
+
+
+def test_the_newest_version_is_taken_by_number_not_by_letter(small, tmp_path):
+    for version in ("1.9.0", "1.10.0"):
+        small(version=version)
+    values = {"data_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+    assert data.open_source(data.DataConfig("tfds", name="small", **values), "test").name == "small:1.10.0 test"
+    assert data.open_source(data.DataConfig("tfds", name="small:1.9.0", **values), "test").name == "small:1.9.0 test"
+
+
+OPEN = """
+import sys
+from bitsperdim import data
+
+config = data.DataConfig("tfds", name="cifar10", data_dir=sys.argv[1], cache_dir=sys.argv[2])
+source = data.open_source(config, "test[:1500]")
+print(source.read(range(1500))["image"].sum(), "tensorflow_datasets" in sys.modules)
+"""
+
+
+def test_two_processes_may_make_one_cache_and_the_next_needs_no_tfds(tfds_dir, tmp_path):
+    command = [sys.executable, "-c", OPEN, str(tfds_dir), str(tmp_path)]
+    racing = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0].split() for process in racing]
+    assert [process.returncode for process in racing] == [0, 0]
+    (folder,) = tmp_path.iterdir()
+    total = str(np.load(folder / "images.npy").sum())
+    assert [output[0] for output in outputs] == [total, total]
+    again = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert again.stdout.split() == [total, "False"]
+
+
+def failure(open_it):
+    with pytest.raises(InputError) as caught:
+        open_it()
+    return str(caught.value)
+
+
+def test_what_is_missing_is_named_with_what_is_there(open_split, tfds_dir, tmp_path):
+    prepare = 'preparing it needs TensorFlow:\n  pip install "bitsperdim[prepare]" && python -m bitsperdim.prepare svhn'
+    present = "binarized_mnist, celeb_a_hq, cifar10, kodak, mnist, tiny_imagenet"
+    assert failure(lambda: open_split("svhn", "train")) == (
+        f"data set 'svhn' is not in {tfds_dir} (there: {present}) and {prepare} --data_dir={tfds_dir}"
+    )
+    assert failure(lambda: open_split("svhn", "train", data_dir=str(tmp_path / "none"))) == (
+        f"data set 'svhn' is not in {tmp_path}/none and {prepare} --data_dir={tmp_path}/none"
+    )
+    assert failure(lambda: open_split("celeb_a_hq", "train")) == (
+        f"data set 'celeb_a_hq' in {tfds_dir} has the configurations 1024, 64; set data.name='celeb_a_hq/1024'"
+    )
+    assert failure(lambda: open_split("cifar10:2.0.0", "train")) == (
+        f"version 2.0.0 of 'cifar10' is not in {tfds_dir}; present: 3.0.2"
+    )
+    assert failure(lambda: open_split("cifar10", "validation[:10]")) == (
+        f"cifar10:3.0.2 in {tfds_dir}/cifar10/3.0.2 has no split 'validation'; present: train (50,000), test (10,000)"
+    )
+
+
+def test_ranges_and_sizes_that_cannot_be_read_are_named(open_split):
+    assert failure(lambda: open_split("cifar10", "test[:x]")).startswith(
+        "split 'test[:x]' of cifar10:3.0.2: Error parsing split"
+    )
+    assert failure(lambda: open_split("cifar10", "evaluation", evaluation_split="test[:0]")) == (
+        "split 'test[:0]' of cifar10:3.0.2 is empty; choose another range"
+    )
+    resize = "the images of cifar10:3.0.2 test[:7] are 32x32 and data.image_size is 64; images are not resized yet: "
+    assert failure(lambda: open_split("cifar10", "test[:7]", image_size=64)) == resize + "set data.image_size=0"
+    open_split("cifar10", "test[:7]")  # now from the cache
+    assert failure(lambda: open_split("cifar10", "test[:7]", image_size=64)) == resize + "set data.image_size=0"
+
+
+def test_images_of_unequal_sizes_are_named(open_split):
+    assert failure(lambda: open_split("kodak", "evaluation")) == (
+        "record 2 of kodak:1.0.0 test is 768x512x3 where those before it are 512x768x3; "
+        "only data sets with images of one size can be read yet"
+    )
+
+
+def open_small(root):
+    config = data.DataConfig("tfds", name="small", data_dir=str(root), cache_dir=str(root / "cache"))
+    return data.open_source(config, "evaluation")
+
+
+def test_an_undecodable_record_is_named_and_leaves_no_cache(small):
+    root = small(lambda index, record: record.replace(b"\x89PNG", b"\x89XYZ") if index == 2 else record)
+    assert failure(lambda: open_small(root)).startswith("record 2 of small:1.0.0 test cannot be decoded (")
+    assert not list((root / "cache").iterdir())
+
+
+def test_a_value_beyond_the_levels_is_named(tfds_dir, tmp_path, open_split):
+    # Grey digits where the binary ones should be.
+    (tmp_path / "binarized_mnist").mkdir()
+    (tmp_path / "binarized_mnist" / "3.0.1").symlink_to(tfds_dir / "mnist" / "3.0.1")
+    message = failure(lambda: open_split("binarized_mnist", "test[:3]", data_dir=str(tmp_path)))
+    assert message == "record 0 of binarized_mnist:3.0.1 test[:3] holds the value 255 where values must be below 2"
+
+
+def test_tfrecord_folders_and_damaged_descriptions_are_named(small, tmp_path):
+    root = small(info={"fileFormat": "tfrecord"})
+    assert failure(lambda: open_small(root)) == (
+        f"{root}/small/1.0.0 holds tfrecord files and only array_record can be read yet; prepare a copy elsewhere:\n"
+        '  pip install "bitsperdim[prepare]" && python -m bitsperdim.prepare small --data_dir=FOLDER'
+    )
+    (root / "small" / "1.0.0" / "dataset_info.json").write_text("{")
+    assert failure(lambda: open_small(root)).startswith(f"{root}/small/1.0.0/dataset_info.json is damaged (")
+
+
+def test_a_data_set_without_images_is_named(small):
+    root = small(features=["id", "label"])
+    assert failure(lambda: open_small(root)) == "small:1.0.0 has no feature 'image'; its features: id, label"
+
+
+def test_preparing_without_tensorflow_says_what_to_install():
+    program = "import sys; sys.modules['tensorflow'] = None\nfrom bitsperdim import prepare; sys.exit(prepare.main())"
+    result = subprocess.run([sys.executable, "-c", program, "cifar10"], stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr == 'error: preparing data needs TensorFlow: pip install "bitsperdim[prepare]"\n'

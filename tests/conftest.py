@@ -1,0 +1,35 @@
+"""Eight CPU devices in every test process, the golden vectors, and the folder of real data sets."""
+
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden("vqvae2/polyak_ema")` -> the arrays of a golden file as a dict; skips where the files are absent."""
+
+    def load(name):
+        path = SHARED / "golden" / f"{name}.npz"
+        if not path.exists():
+            pytest.skip(f"golden vectors are not in {SHARED / 'golden'}")
+        with np.load(path) as arrays:
+            return dict(arrays)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tfds_dir():
+    """A TFDS data directory with real data sets; skips where it is absent."""
+    if not (SHARED / "data").exists():
+        pytest.skip(f"no TFDS data directory at {SHARED / 'data'}")
+    return SHARED / "data"

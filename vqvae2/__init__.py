@@ -1,0 +1,9 @@
+"""VQ-VAE-2: a hierarchical vector-quantised autoencoder and autoregressive priors over its codes.
+
+Source: Razavi, van den Oord & Vinyals 2019, Generating Diverse High-Fidelity Images with VQ-VAE-2.
+"""
+
+from vqvae2.config import Config
+from vqvae2.stages import report, sampler, stages
+
+__all__ = ["Config", "report", "sampler", "stages"]

@@ -1,0 +1,149 @@
+"""Stage `autoencoder`: the loss of the hierarchical autoencoder, its codebooks as running averages, its pictures.
+
+Source: Razavi et al. 2019, eq. 2 with the codebook term replaced by moving averages, and algorithm 1.
+Not here: the networks (`autoencoder.py`) and the quantiser (`quantizer.py`).
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree, UInt8
+
+from bitsperdim import augment, data, dequantize, images, rng
+from bitsperdim.model import Aux, Batch, Model, Training
+from bitsperdim.run import Run
+from vqvae2 import facts as facts_lib
+from vqvae2 import quantizer
+from vqvae2.autoencoder import Autoencoder
+from vqvae2.config import AutoencoderConfig
+from vqvae2.facts import Facts
+
+NUM_PICTURES = 32
+
+
+def build(run: Run, mesh: object) -> Training:
+    """The stage over the run's images."""
+    config = run.config.autoencoder
+    train, evaluation = (data.open_source(run.config.data, split) for split in ("train", "evaluation"))
+    facts = facts_lib.of_run(run)
+    model = make(config.model, facts, config.train.batch_size)
+    return Training(model, train, evaluation, {**vars(facts)}, _pictures(config.model, facts, evaluation))
+
+
+def network(config: AutoencoderConfig, facts: Facts) -> Autoencoder:
+    return Autoencoder(
+        config.strides, config.hidden, config.residual, config.residual_layers, config.code_dim, facts.shape[-1]
+    )
+
+
+def make(config: AutoencoderConfig, facts: Facts, batch_size: int) -> Model:
+    """L = |x - x^|^2 / variance + beta sum_l |sg(e_l) - z_l|^2, each a mean over elements and examples.
+
+    x in [-1, 1). `extra` holds a `Codebook` per level; it is updated after the forward pass, from sums over the global
+    batch, so the output and the loss use the codebook before the update.
+    """
+    net = network(config, facts)
+
+    def init(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
+        keys = dict(zip(net.levels, jax.random.split(rng.for_purpose(key, "codebooks"), len(net.levels)), strict=True))
+        codebooks = {level: quantizer.init(keys[level], config.num_codes, config.code_dim) for level in net.levels}
+        x = jnp.zeros((1, *facts.shape))
+        params = net.init(rng.for_purpose(key, "parameters"), x, embeddings(codebooks))["params"]
+        return params, {"codebooks": codebooks}
+
+    def forward(params: PyTree, extra: PyTree, x: Array) -> tuple[dict[str, Array], dict, dict]:
+        reconstruction, z, quantized = net.apply({"params": params}, x, embeddings(extra["codebooks"]))  # pyright: ignore
+        parts = {"mse": jnp.square(reconstruction - x).mean((1, 2, 3))}
+        parts |= {f"commitment_{level}": quantized[level].squared_error for level in net.levels}
+        # Enough to know the variance of whatever images the mean is taken over.
+        return parts | {"pixel_mean": x.mean((1, 2, 3)), "pixel_square": jnp.square(x).mean((1, 2, 3))}, z, quantized
+
+    def loss(params: PyTree, extra: PyTree, batch: Batch, key: Array, step: Array) -> tuple[Array, Aux]:
+        x = to_input(batch["image"], facts.levels)
+        if config.flip:
+            x = augment.flip(rng.per_example(rng.for_purpose(key, "flip"), batch["position"]), x)
+        parts, z, quantized = forward(params, extra, x)
+        statistics = {
+            level: quantizer.statistics(
+                z[level],
+                quantized[level].codes,
+                num_codes=config.num_codes,
+                key=rng.for_purpose(key, f"revival_{level}"),
+                position=batch["position"],
+                global_batch=batch_size,
+            )
+            for level in net.levels
+        }
+        scale = facts.variance if config.scale_by_variance else 1.0
+        commitment = sum(parts[f"commitment_{level}"] for level in net.levels)
+        objective = (parts["mse"] / scale + config.commitment * commitment).mean()
+        return objective, Aux(parts, {level: statistics[level].counts for level in net.levels}, statistics)
+
+    def measure(params: PyTree, extra: PyTree, batch: Batch, key: Array) -> Aux:
+        parts, _, quantized = forward(params, extra, to_input(batch["image"], facts.levels))
+        count = lambda codes: jax.nn.one_hot(codes, config.num_codes).sum((1, 2))
+        mask = batch["mask"][:, None]
+        return Aux(parts, {level: (mask * count(quantized[level].codes)).sum(0) for level in net.levels}, ())
+
+    def update_extra(extra: PyTree, statistics: PyTree, key: Array, step: Array) -> PyTree:
+        update = functools.partial(
+            quantizer.update,
+            decay=config.codebook_decay,
+            epsilon=config.codebook_epsilon,
+            revival_threshold=config.revival_threshold,
+        )
+        return {"codebooks": {level: update(extra["codebooks"][level], statistics[level]) for level in net.levels}}
+
+    return Model(init, loss, measure, _summarize, update_extra)
+
+
+def embeddings(codebooks: dict[str, quantizer.Codebook]) -> dict[str, Float[Array, "k d"]]:
+    return {level: codebook.embedding for level, codebook in codebooks.items()}
+
+
+def to_input(image: UInt8[Array, "b h w c"], levels: int) -> Float[Array, "b h w c"]:
+    """The middle of each pixel's cell, in [-1, 1)."""
+    return dequantize.scale(dequantize.centre(image), levels, "symmetric")
+
+
+def to_picture(x: Float[Array, "b h w c"], levels: int) -> UInt8[Array, "b h w c"]:
+    """The nearest image: levels 0 ... L - 1."""
+    return dequantize.to_levels(dequantize.unscale(x, levels, "symmetric"), levels)
+
+
+def _summarize(parts: dict[str, float], tallies: dict[str, np.ndarray]) -> dict[str, float]:
+    """`mse` in the range [-1, 1), and over the variance of the very images it was taken over; use of the codebooks."""
+    variance = parts["pixel_square"] - parts["pixel_mean"] ** 2
+    figures = {"mse": parts["mse"], "mse_over_variance": parts["mse"] / variance}
+    figures["psnr_db"] = float(10.0 * np.log10(4.0 / parts["mse"]))
+    for level, counts in tallies.items():
+        figures[f"commitment_{level}"] = parts[f"commitment_{level}"]
+        figures[f"perplexity_codes_{level}"] = float(quantizer.perplexity(jnp.asarray(counts)))
+        figures[f"used_codes_{level}"] = int(quantizer.codes_in_use(jnp.asarray(counts)))
+    return figures
+
+
+def _pictures(config: AutoencoderConfig, facts: Facts, source: data.Source) -> Callable:
+    """Held-out images above their reconstructions."""
+    net = network(config, facts)
+
+    @jax.jit
+    def reconstruct(params: PyTree, extra: PyTree, image: Array) -> Array:
+        x = to_input(image, facts.levels)
+        reconstruction, _, _ = net.apply({"params": params}, x, embeddings(extra["codebooks"]))  # pyright: ignore
+        return to_picture(reconstruction, facts.levels)
+
+    def pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
+        originals = held_out(source)["image"]
+        reconstructions = np.asarray(reconstruct(params, extra, originals))
+        return {"reconstructions": images.pairs(originals, reconstructions, levels=facts.levels)}
+
+    return pictures
+
+
+def held_out(source: data.Source, count: int = NUM_PICTURES) -> dict[str, np.ndarray]:
+    """A fixed choice of examples, spread over the split."""
+    return source.read(np.linspace(0, source.size - 1, min(count, source.size)).astype(np.int64))

@@ -1,0 +1,126 @@
+"""Stage `codes`: whole splits as codes, made once with the Polyak weights and the final codebooks.
+
+    WORKDIR/codes/SPLIT/{top,bottom}.npy    uint16 [n, h, w], in the order of the split
+    WORKDIR/codes/SPLIT/label.npy           int32 [n], where the images have labels
+    WORKDIR/codes/info.json                 fingerprint of the autoencoder; written last, so its presence is the commit
+
+Source: Razavi et al. 2019, algorithm 2. A prior refuses codes of another autoencoder (`check_fingerprint`).
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from bitsperdim import data, sharding, trainer
+from bitsperdim import run as run_lib
+from bitsperdim.data import Source
+from bitsperdim.errors import InputError
+from bitsperdim.model import Batch
+from bitsperdim.run import Run
+from vqvae2 import autoencoder_stage, facts
+
+SPLITS = ("train", "evaluation")
+
+
+def extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
+    """Encodes both splits. A split that was interrupted is encoded anew."""
+    training, state = trainer.restore(run, "autoencoder", mesh)
+    about = facts.of_run(run)
+    net = autoencoder_stage.network(run.config.autoencoder.model, about)
+
+    def encode(params: PyTree, extra: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        x = autoencoder_stage.to_input(batch["image"], about.levels)
+        tables = autoencoder_stage.embeddings(extra["codebooks"])
+        codes = net.apply({"params": params}, x, tables, method="encode")
+        rows = {level: value.astype(jnp.uint16) for level, value in codes.items()}  # pyright: ignore
+        return rows | {name: batch[name] for name in ("label",) if name in batch}
+
+    batch_size = -(-run.config.codes.batch_size // mesh.size) * mesh.size
+    encode = jax.jit(encode, out_shardings=sharding.replicated(mesh))
+    for split, source in zip(SPLITS, (training.train, training.evaluation), strict=True):
+        encoded = _Writer(run.folder("codes") / split, source.size)
+        progress = trainer.progress(f"codes of {source.name}", source.size)
+        for batch in data.evaluation_batches(source, batch_size, sharding.over_batch(mesh)):
+            check_signals()
+            rows = jax.device_get(encode(state["ema"], state["extra"], batch))
+            progress(encoded.add(rows))
+        encoded.close()
+    info = {"fingerprint": fingerprint(state), "autoencoder_step": int(state["step"])}
+    run_lib.write_json(run.folder("codes") / "info.json", info)
+
+
+def is_extracted(run: Run) -> bool:
+    return (run.folder("codes") / "info.json").exists()
+
+
+def open_codes(run: Run, split: str, num_classes: int) -> Source:
+    """The codes of a split as a source: `top` and `bottom` int32 [n, h, w], and `label` where there are labels."""
+    folder = run.folder("codes") / split
+    arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("*.npy"))}
+    size, *grid = arrays["bottom"].shape
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: array[indices].astype(np.int32) for name, array in arrays.items()}
+
+    levels = run.config.autoencoder.model.num_codes
+    return Source(f"codes of {split}", size, (grid[0], grid[1], 1), levels, num_classes, read)
+
+
+def fingerprint(state: PyTree) -> str:
+    """sha256 of the Polyak weights and the codebooks: what decides the codes of an image."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"ema": state["ema"], "extra": state["extra"]}):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()
+
+
+def check_fingerprint(run: Run, state: PyTree) -> None:
+    """Raises InputError where the run's codes were made by another autoencoder than `state`."""
+    info: dict[str, Any] = json.loads((run.folder("codes") / "info.json").read_text())
+    if info["fingerprint"] != fingerprint(state):
+        raise InputError(
+            f"{run.folder('codes')} was made by another autoencoder (at step {info['autoencoder_step']:,}, now "
+            f"{int(state['step']):,}); remove the folders codes, top and bottom of {run.workdir} to train the priors anew"
+        )
+
+
+class _Writer:
+    """Arrays of one split, written beside their place and moved there when they are whole."""
+
+    def __init__(self, folder: epath.Path, size: int) -> None:
+        self._folder, self._size, self._done = folder, size, 0
+        self._partial = folder.parent / f"{folder.name}.partial"
+        self._arrays: dict[str, np.memmap] = {}
+        if jax.process_index() == 0:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+
+    def add(self, rows: dict[str, np.ndarray]) -> int:
+        """Appends a batch, less the padding of the last one; returns how many examples are written."""
+        count = min(len(rows["bottom"]), self._size - self._done)
+        for name, values in rows.items() if jax.process_index() == 0 else ():
+            if name not in self._arrays:
+                shape = (self._size, *values.shape[1:])
+                path = self._partial / f"{name}.npy"
+                self._arrays[name] = np.lib.format.open_memmap(path, "w+", values.dtype, shape)
+            self._arrays[name][self._done : self._done + count] = values[:count]
+        self._done += count
+        return self._done
+
+    def close(self) -> None:
+        for array in self._arrays.values():
+            array.flush()
+        self._arrays = {}
+        if jax.process_index() == 0:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._partial.replace(self._folder)

@@ -1,0 +1,150 @@
+"""What a lower level's prior sees of the codes above it: a deep residual stack over three resolutions.
+
+Source: Razavi et al. 2019, supplement A.2, "Pseudo Code for Conditioning Stack", where the OCR lost the "/" of
+`num_conditioning_blocks / 2`. The stack runs once per image, also in sampling.
+Unspecified there and chosen here: the stack runs on the grid of the codes above, and one transposed convolution per
+octave brings its result to the finer grid.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from vqvae2.embedding import Embedding
+
+
+class BatchNorm(nn.Module):
+    """y = scale (x - mean) / sqrt(var + 1e-5) + bias, over batch, rows and columns; nothing here changes the state.
+
+    Running moments are read from the collection `batch_stats`. In training the batch's own moments are used instead and
+    left in the collection `batch_moments` (variance unbiased), for `update_running`. Under `jit` they are those of the
+    batch over all devices; each accumulation micro-batch is normalised by its own.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+        features = x.shape[-1:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
+        running_var = self.variable("batch_stats", "var", jnp.ones, features)
+        scale = self.param("scale", nn.initializers.ones, features)
+        bias = self.param("bias", nn.initializers.zeros, features)
+        x = x.astype(jnp.float32)
+        mean, var = running_mean.value, running_var.value
+        if train:
+            mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+            count = math.prod(x.shape[:-1])
+            replace = {"reduce_fn": lambda _, new: new, "init_fn": lambda: None}
+            self.sow("batch_moments", "mean", jax.lax.stop_gradient(mean), **replace)
+            self.sow("batch_moments", "var", jax.lax.stop_gradient(var) * count / max(count - 1, 1), **replace)
+        return ((x - mean) * (scale * jax.lax.rsqrt(var + 1e-5)) + bias).astype(self.dtype)
+
+
+def update_running(
+    batch_stats: PyTree, summed_moments: PyTree, num_batches: Float[Array, ""] | int, momentum: float = 0.9
+) -> PyTree:
+    """running <- momentum running + (1 - momentum) moments, their mean over the `num_batches` micro-batches of a step.
+
+    `summed_moments` is the collection `batch_moments`, added up over micro-batches.
+    """
+    return jax.tree.map(
+        lambda running, total: momentum * running + (1.0 - momentum) * total / num_batches, batch_stats, summed_moments
+    )
+
+
+class ConditioningBlock(nn.Module):
+    """h + conv1x1(ReLU(conv3x3(ReLU(conv1x1(ReLU(norm(h)))))))."""
+
+    width: int
+    norm: str
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+        h = nn.relu(self._normalise(x, train))
+        h = nn.relu(nn.Conv(self.width, (1, 1), dtype=self.dtype, name="reduce")(h))
+        h = nn.relu(nn.Conv(self.width, (3, 3), dtype=self.dtype, name="conv")(h))
+        # Up to sixty blocks add to one stream: small at first, so that their sum starts close to the input.
+        small = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
+        return x + nn.Conv(x.shape[-1], (1, 1), dtype=self.dtype, kernel_init=small, name="expand")(h)
+
+    def _normalise(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+        match self.norm:
+            case "batch":
+                return BatchNorm(self.dtype, name="norm")(x, train)
+            case "group":
+                groups = math.gcd(32, x.shape[-1])
+                return nn.GroupNorm(groups, epsilon=1e-5, dtype=self.dtype, name="norm")(x)
+            case "none":
+                return x
+        raise ValueError(f"norm must be 'batch', 'group' or 'none', not {self.norm!r}")
+
+
+class ConditioningStack(nn.Module):
+    """A U of residual blocks: `blocks` at the lowest resolution, half as many before and after it at each other one.
+
+    `widths` and `bottlenecks` name the resolutions from the finest down; the paper's are (1024, 2048, 2048) and
+    (256, 512, 512). Each step down is a 1x1 convolution of stride 2, each step up a transposed 2x2 one, added to the
+    stream that went down. Shorter tuples suit grids too small to be halved twice.
+    """
+
+    blocks: int
+    widths: tuple[int, ...]
+    bottlenecks: tuple[int, ...]
+    norm: str = "group"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool = False) -> Float[Array, "b h w d"]:
+        lowest = len(self.widths) - 1
+        if x.shape[1] % 2**lowest or x.shape[2] % 2**lowest:
+            raise ValueError(
+                f"a grid of {x.shape[1]} x {x.shape[2]} cannot be halved {lowest} times; give fewer widths"
+            )
+        x = nn.Conv(self.widths[0], (1, 1), dtype=self.dtype, name="input")(x)
+        streams = []
+        for i in range(lowest):
+            streams.append(self._run(x, f"before_{i}", i, self.blocks // 2, train))
+            x = nn.Conv(self.widths[i + 1], (1, 1), (2, 2), dtype=self.dtype, name=f"down_{i}")(streams[-1])
+        x = self._run(x, "lowest", lowest, self.blocks, train)
+        for i in reversed(range(lowest)):
+            x = streams[i] + nn.ConvTranspose(self.widths[i], (2, 2), (2, 2), dtype=self.dtype, name=f"up_{i}")(x)
+            x = self._run(x, f"after_{i}", i, self.blocks // 2, train)
+        return x
+
+    def _run(
+        self, x: Float[Array, "b h w c"], name: str, resolution: int, count: int, train: bool
+    ) -> Float[Array, "b h w c"]:
+        for i in range(count):
+            x = ConditioningBlock(self.bottlenecks[resolution], self.norm, self.dtype, name=f"{name}_{i}")(x, train)
+        return x
+
+
+class Conditioner(nn.Module):
+    """Codes of the levels above, coarsest first -> a feature map on the grid of the level to be modelled.
+
+    Every level is embedded; coarser ones are repeated up to the grid of the finest, where the stack runs. `octaves` is
+    the number of halvings between that grid and the one to be modelled.
+    """
+
+    num_codes: int
+    embedding: int
+    stack: ConditioningStack
+    octaves: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, upper: tuple[Int[Array, "b hl wl"], ...], train: bool = False) -> Float[Array, "b h w c"]:
+        _, height, width = upper[-1].shape
+        maps = []
+        for i, codes in enumerate(upper):
+            repeated = codes.repeat(height // codes.shape[1], 1).repeat(width // codes.shape[2], 2)
+            maps.append(Embedding(self.num_codes, self.embedding, self.dtype, name=f"embedding_{i}")(repeated))
+        x = self.stack(jnp.concatenate(maps, -1), train)
+        for i in range(self.octaves):
+            x = nn.ConvTranspose(x.shape[-1], (4, 4), (2, 2), dtype=self.dtype, name=f"up_{i}")(x)
+        return x

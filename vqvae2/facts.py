@@ -1,0 +1,58 @@
+"""What the data of a run turned out to be: measured once, kept in the run, so that sampling needs no data set."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+
+from bitsperdim import data
+from bitsperdim.errors import InputError
+from bitsperdim.run import Run
+
+VARIANCE_IMAGES = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """Shape (height, width, channels), levels and classes of the images, and their variance in the range [-1, 1)."""
+
+    shape: tuple[int, int, int]
+    levels: int
+    num_classes: int
+    variance: float
+
+    def grids(self, strides: tuple[int, ...], names: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+        """Height and width of every level's codes, by name (top first); strides run from the image upwards."""
+        height, width, _ = self.shape
+        factor, grids = 1, {}
+        for stride, name in zip(strides, reversed(names), strict=True):
+            factor *= stride
+            grids[name] = (height // factor, width // factor)
+        return {name: grids[name] for name in names}
+
+
+def of_run(run: Run) -> Facts:
+    """From the autoencoder's folder, or measured from the training images where it has none yet."""
+    path = run.folder("autoencoder") / "data.json"
+    if path.exists():
+        values = json.loads(path.read_text())
+        return Facts(**{**values, "shape": tuple(values["shape"])})
+    return measure(data.open_source(run.config.data, "train"), run.config.autoencoder.model.strides)
+
+
+def measure(source: data.Source, strides: tuple[int, ...]) -> Facts:
+    """The variance is that of all pixels of at most 4,096 images spread over the training split.
+
+    Raises InputError where the strides do not divide the images.
+    """
+    height, width, _ = source.shape
+    factor = math.prod(strides)
+    if height % factor or width % factor:
+        raise InputError(
+            f"images of {source.name} are {height}x{width}, not divisible by the product {factor} of "
+            f"autoencoder.model.strides={strides}"
+        )
+    indices = np.unique(np.linspace(0, source.size - 1, VARIANCE_IMAGES).astype(np.int64))
+    pixels = source.read(indices)["image"]
+    return Facts(source.shape, source.levels, source.num_classes, float(4.0 * pixels.var() / source.levels**2))

@@ -1,0 +1,248 @@
+"""The autoregressive prior over one level's codes: gated residual layers and causal attention, after PixelSNAIL.
+
+Source: Razavi et al. 2019, supplement A.2 and tables 1-2; Chen et al. 2018 (PixelSNAIL), section 3 and its released
+code, where the paper's own figure of the gated layer is not available. The keys of the attention come from the *raw*
+input, as in that code: ports that take them from the shifted stream leave the first column of every row blind to the
+code before it. Without attention a cell sees the rows above up to one column to its right, and no further: the price
+of quadrant kernels.
+Not here: weight normalisation (the original has it; plain weights are cheaper to sample from), and sampling.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from bitsperdim import rng
+from bitsperdim.causal import CausalConv, attention_weights, shift_down, shift_right, strictly_before
+from vqvae2.conditioning import Conditioner
+from vqvae2.embedding import Embedding
+
+# Output convolutions of residual branches start at a tenth of the usual deviation (PixelSNAIL's init scale 0.1).
+SMALL_INIT = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
+
+
+def concat_elu(x: Float[Array, "... c"]) -> Float[Array, "... 2*c"]:
+    """elu([x, -x])."""
+    return nn.elu(jnp.concatenate([x, -x], -1))
+
+
+ACTIVATIONS = {"elu": nn.elu, "concat_elu": concat_elu}
+
+
+def nll(logits: Float[Array, "b h w k"], codes: Int[Array, "b h w"]) -> Float[Array, " b"]:
+    """-sum over cells of log softmax(logits)[code], in nats per example."""
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.take_along_axis(log_probs, codes[..., None], axis=-1).sum((1, 2, 3))
+
+
+def background(height: int, width: int) -> Float[Array, "1 h w 2"]:
+    """Where a cell is: ((i - H/2) / H, (j - W/2) / W)."""
+    rows = (jnp.arange(height) - height / 2) / height
+    columns = (jnp.arange(width) - width / 2) / width
+    return jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), -1)[None]
+
+
+def _dropout(name: str, keys: Key[Array, " b"] | None, rate: float, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """Dropout with noise of the layer called `name`; none without keys."""
+    if keys is None:
+        return x
+    return rng.dropout(jax.vmap(lambda key: rng.for_purpose(key, name))(keys), rate, x)
+
+
+class Stem(nn.Module):
+    """The first layer, blind to its own cell: it sees (i-1, j-1 ... j+1) and (i-1 ... i, j-1).
+
+    A constant channel of ones tells the image from its padding.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w e"]) -> Float[Array, "b h w c"]:
+        x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
+        above = CausalConv(self.features, (1, 3), right=1, dtype=self.dtype, name="above")(x)
+        left = CausalConv(self.features, (2, 1), dtype=self.dtype, name="left")(x)
+        return shift_down(above) + shift_right(left)
+
+
+class GatedResidual(nn.Module):
+    """x + a sigmoid(b), where a, b are the channel halves of c2 and f is the activation:
+
+    c1 = conv(f(x)) [+ conv1x1(f(aux))],   c2 = conv(dropout(f(c1))) [+ conv1x1(conditioning)] [+ bias of the class].
+
+    Both convolutions see the upper left quadrant of side `kernel`, their own cell included: the stem has already
+    shifted.
+    """
+
+    residual: int
+    kernel: int
+    activation: str
+    dropout: float = 0.0
+    num_classes: int = 0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        *,
+        aux: Float[Array, "b h w v"] | None = None,
+        conditioning: Float[Array, "b h w u"] | None = None,
+        label: Int[Array, " b"] | None = None,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        activation, features, size = ACTIVATIONS[self.activation], x.shape[-1], (self.kernel, self.kernel)
+        h = CausalConv(self.residual, size, dtype=self.dtype, name="conv_in")(activation(x))
+        if aux is not None:
+            h = h + nn.Conv(self.residual, (1, 1), dtype=self.dtype, name="aux")(activation(aux))
+        h = _dropout(self.name, keys, self.dropout, activation(h))
+        h = CausalConv(2 * features, size, dtype=self.dtype, kernel_init=SMALL_INIT, name="conv_out")(h)
+        if conditioning is not None:
+            h = h + nn.Conv(2 * features, (1, 1), use_bias=False, dtype=self.dtype, name="conditioning")(conditioning)
+        if self.num_classes:
+            zeros = nn.initializers.zeros
+            bias = Embedding(self.num_classes, 2 * features, self.dtype, table_init=zeros, name="class_bias")
+            h = h + bias(label)[:, None, None, :]
+        a, b = jnp.split(h, 2, -1)
+        return x + a * nn.sigmoid(b)
+
+
+class CausalAttention(nn.Module):
+    """Multi-head attention over all cells strictly before one's own; the first cell receives zeros.
+
+    Keys and values come from [embedded codes, x, background], queries from [x, background], each through a 1x1 gated
+    layer; the result enters a third one on x as its aux. `features` counts the key (= query = value) dimensions of all
+    heads.
+    """
+
+    heads: int
+    features: int
+    activation: str
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], embedded: Float[Array, "b h w e"], keys: Key[Array, " b"] | None = None
+    ) -> Float[Array, "b h w c"]:
+        batch, height, width, channels = x.shape
+        place = jnp.broadcast_to(background(height, width).astype(x.dtype), (batch, height, width, 2))
+        kv = self._project(jnp.concatenate([embedded, x, place], -1), "key_value", 2 * self.features)
+        query = self._project(jnp.concatenate([x, place], -1), "query", self.features)
+        key, value = jnp.split(kv, 2, -1)
+        by_head = lambda t: t.reshape(batch, height * width, self.heads, -1)
+        weights = attention_weights(by_head(query), by_head(key), strictly_before(height * width))
+        weights = _dropout(self.name, keys, self.dropout, weights).astype(value.dtype)
+        attended = jnp.einsum("bnqk,bknd->bqnd", weights, by_head(value)).reshape(batch, height, width, -1)
+        return self._gated(channels, "output")(x, aux=attended)
+
+    def _gated(self, residual: int, name: str) -> GatedResidual:
+        return GatedResidual(residual, 1, self.activation, dtype=self.dtype, name=name)
+
+    def _project(self, x: Float[Array, "b h w c"], name: str, features: int) -> Float[Array, "b h w d"]:
+        x = self._gated(x.shape[-1], f"{name}_gated")(x)
+        return nn.Conv(features, (1, 1), dtype=self.dtype, name=f"{name}_projection")(x)
+
+
+class OutputBlock(nn.Module):
+    """x + conv1x1(dropout(f(conv1x1(f(x))))): depth on top of the causal stack, cheap since it looks at one cell."""
+
+    residual: int
+    activation: str
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], keys: Key[Array, " b"] | None) -> Float[Array, "b h w c"]:
+        activation = ACTIVATIONS[self.activation]
+        h = activation(nn.Conv(self.residual, (1, 1), dtype=self.dtype, name="conv_in")(activation(x)))
+        h = _dropout(self.name, keys, self.dropout, h)
+        return x + nn.Conv(x.shape[-1], (1, 1), dtype=self.dtype, kernel_init=SMALL_INIT, name="conv_out")(h)
+
+
+class PixelSnail(nn.Module):
+    """Logits (float32) of every code given the codes before it in raster order.
+
+    The input is a learned embedding. A one-hot input is the special case `embedding = num_codes` with the identity as
+    its table; a narrower table keeps the attention's key layers, which read the input too, from growing with
+    `num_codes`. `kernel` is the side of the quadrant: 2 in PixelSNAIL; 3 is the upper left part of the paper's "filter
+    5". `attention_every` layers comes one attention (0: none). The class enters every layer as a bias, the
+    conditioning map by a projection.
+    """
+
+    num_codes: int
+    embedding: int
+    hidden: int
+    residual: int
+    layers: int
+    kernel: int = 3
+    activation: str = "elu"
+    attention_every: int = 0
+    attention_heads: int = 8
+    attention_features: int = 0
+    output_layers: int = 0
+    dropout: float = 0.0
+    num_classes: int = 0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        codes: Int[Array, "b h w"],
+        conditioning: Float[Array, "b h w u"] | None = None,
+        label: Int[Array, " b"] | None = None,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Float[Array, "b h w k"]:
+        shared = {"activation": self.activation, "dropout": self.dropout, "dtype": self.dtype}
+        layer = functools.partial(GatedResidual, self.residual, self.kernel, num_classes=self.num_classes, **shared)
+        attention = functools.partial(CausalAttention, self.attention_heads, self.attention_features, **shared)
+        embedded = Embedding(self.num_codes, self.embedding, self.dtype, name="embedding")(codes)
+        x = Stem(self.hidden, self.dtype, name="stem")(embedded)
+        for i in range(self.layers):
+            x = layer(name=f"layer_{i}")(x, conditioning=conditioning, label=label, keys=keys)
+            if self.attention_every and (i + 1) % self.attention_every == 0:
+                x = attention(name=f"attention_{i // self.attention_every}")(x, embedded, keys)
+        for i in range(self.output_layers):
+            x = OutputBlock(self.residual, **shared, name=f"output_{i}")(x, keys)
+        return nn.Conv(self.num_codes, (1, 1), name="head")(nn.elu(x).astype(jnp.float32))
+
+
+class Prior(nn.Module):
+    """p(codes | codes of the levels above, class): a `PixelSnail`, with a `Conditioner` at every level but the top.
+
+    `keys`, one per example, bring dropout; without them the network is deterministic. `train` concerns BatchNorm alone.
+    """
+
+    network: PixelSnail
+    conditioner: Conditioner | None = None
+
+    def __call__(
+        self,
+        codes: Int[Array, "b h w"],
+        upper: tuple[Int[Array, "b hl wl"], ...] = (),
+        label: Int[Array, " b"] | None = None,
+        keys: Key[Array, " b"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b h w k"]:
+        """Logits of every code; `logits(codes, condition(upper))`."""
+        return self.logits(codes, self.condition(upper, train), label, keys)
+
+    def condition(
+        self, upper: tuple[Int[Array, "b hl wl"], ...], train: bool = False
+    ) -> Float[Array, "b h w u"] | None:
+        """The conditioning map, which sampling computes once; `upper` holds the codes above, coarsest first."""
+        return None if self.conditioner is None else self.conditioner(upper, train)
+
+    def logits(
+        self,
+        codes: Int[Array, "b h w"],
+        conditioning: Float[Array, "b h w u"] | None = None,
+        label: Int[Array, " b"] | None = None,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Float[Array, "b h w k"]:
+        """Logits of every code under a given conditioning map."""
+        return self.network(codes, conditioning, label, keys)
