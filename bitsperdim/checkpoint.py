@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -62,15 +62,16 @@ class Checkpoints:
         """
         self.wait()
         folder = self._path(step)
-        if _is_first_host():
-            self._remove_leftovers()
-        arrays = _saved(_by_path(state))
-        committed = _read(folder)
-        data = "state" if committed is None or committed.data != "state" else "state_again"
-        contents = {path: _describe(leaf) for path, leaf in _by_path(state).items()}
+        leaves = _by_path(state)
+        contents = {path: _describe(leaf) for path, leaf in leaves.items()}
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         try:
-            self._orbax.save(folder / data, args=ocp.args.PyTreeSave(arrays))
+            if _is_first_host():
+                self._remove_leftovers()
+            # A committed checkpoint of this step stays whole until the new manifest takes the place of its own.
+            committed = _read(folder)
+            data = "state" if committed is None or committed.data != "state" else "state_again"
+            self._orbax.save(folder / data, args=ocp.args.PyTreeSave(_saved(leaves)))
         except Exception as error:
             _raise_explained(error, folder)
         self._pending = self._thread.submit(self._commit, step, data, metrics, contents)
@@ -212,7 +213,7 @@ class Checkpoints:
         return self._folder / f"{step:08d}"
 
 
-def _by_path(tree: PyTree) -> dict[str, jax.Array]:
+def _by_path(tree: PyTree) -> dict[str, Any]:
     """Leaves by path, such as 'opt/0/mu/encoder/kernel', in the order of the tree.
 
     Arrays are stored under their paths, so that a file depends on no container class of optax or of ours.
@@ -224,7 +225,7 @@ def _by_path(tree: PyTree) -> dict[str, jax.Array]:
     return named
 
 
-def _saved(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _saved(leaves: dict[str, Any]) -> dict[str, Any]:
     """Orbax refuses arrays without elements; the manifest alone holds those."""
     return {path: leaf for path, leaf in leaves.items() if leaf.size > 0}
 

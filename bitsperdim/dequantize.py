@@ -42,9 +42,12 @@ def centre(image: UInt8[Array, "..."]) -> Float[Array, "..."]:
 
 
 def scale(y: Float[Array, "..."], levels: int, range: Range) -> Float[Array, "..."]:
-    """z = y / L in [0, 1) for 'unit', z = 2 y / L - 1 in [-1, 1) for 'symmetric'."""
+    """z = y / L in [0, 1) for 'unit', z = 2 y / L - 1 in [-1, 1) for 'symmetric'.
+
+    Exact where L is a power of two. The upper end stays out of reach in float32 there and for every L up to 64; for
+    other L the last few values of the noise may round to it.
+    """
     stretch, offset = _STRETCH_AND_OFFSET[range]
-    # Divided, not multiplied by 1/L: correctly rounded, y / L stays below 1 for every y < L on the grid of the noise.
     return stretch * (y / levels) + offset
 
 

@@ -81,7 +81,7 @@ def _files(folder: epath.Path) -> list[epath.Path]:
 
 def _hash(path: epath.Path, flush: bool = False) -> tuple[int, str]:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
+        digest = hashlib.file_digest(file, "sha256")  # pyright: ignore[reportArgumentType]
         size = file.tell()
         if flush:
             atomic.flush(file)

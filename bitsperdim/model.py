@@ -14,15 +14,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 if TYPE_CHECKING:
     from bitsperdim.data import Source
     from bitsperdim.optim import OptimConfig
     from bitsperdim.run import Run
-    from bitsperdim.trainer import TrainConfig
+    from bitsperdim.step import TrainConfig
 
 Batch = dict[str, Array]
+Pictures = Callable[[PyTree, PyTree, Key[Array, ""]], dict[str, np.ndarray]]  # (params, extra, key) -> uint8 RGB
 
 
 class Aux(NamedTuple):
@@ -49,25 +51,20 @@ class Model(NamedTuple):
     update_extra: Callable[[PyTree, PyTree, Key[Array, ""], Int[Array, ""]], PyTree] = lambda extra, *_: extra
 
 
-class Training(NamedTuple):
-    """All that the loop needs to train one stage; built when the stages before it are complete."""
-
-    model: Model
-    train: "Source"
-    evaluation: "Source"
-    facts: dict[str, Any]  # what the data turned out to be (shape, levels, ...): kept in STAGE/data.json
-    pictures: Callable[
-        [PyTree, PyTree, Key[Array, ""]], dict[str, np.ndarray]
-    ]  # (params, extra, key) -> uint8 pictures
-
-
 class Stage(NamedTuple):
-    """One part of a run: trained (`build`, `optim`, `settings`) or extracted (`extract`, `is_extracted`)."""
+    """One part of a run. Either trained (`model` to `settings`) or extracted (`extract`, `is_extracted`).
+
+    The functions are called when the stages named in `needs` are complete, and only those that are needed: sampling
+    opens no data set.
+    """
 
     name: str
     needs: tuple[str, ...] = ()
-    build: Callable[["Run", Any], Training] | None = None  # (run, mesh)
+    model: Callable[["Run"], Model] | None = None
+    source: Callable[["Run", str], "Source"] | None = None  # (run, 'train' | 'evaluation')
+    pictures: Callable[["Run", Mesh], Pictures] | None = None
+    facts: Callable[["Run"], dict[str, Any]] | None = None  # of the data (shape, levels, ...): kept in STAGE/data.json
     optim: "OptimConfig | None" = None
     settings: "TrainConfig | None" = None
-    extract: Callable[["Run", Any], None] | None = None  # (run, mesh)
+    extract: Callable[["Run", Mesh, Callable[[], None]], None] | None = None  # the last one raises after a signal
     is_extracted: Callable[["Run"], bool] | None = None

@@ -80,8 +80,8 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         start, length = _cosine_span(config, steps)
         decay = lambda t: _cosine((t - start) / length, config.final_fraction)
     elif config.schedule == "exponential":
-        # rate^n as exp(n log rate), the logarithm taken in double: 0.999997 itself has only two good digits of
-        # 1 - rate in float32, an error of 2% in the exponent.
+        # rate^n as exp(n log rate), the logarithm taken in double: float32 knows 1 - 0.999997 to two digits only, and
+        # the schedule of MaCow would end 3% too high.
         log_rate, first = math.log(config.exponential_rate), max(config.warmup_steps, 1)
         decay = lambda t: jnp.exp(log_rate * jnp.maximum(t + 1.0 - first, 0.0))
     else:

@@ -5,6 +5,7 @@
 Not here: what a step computes (`step.py`), what a model is (`model.py`), how a state is stored (`checkpoint.py`).
 """
 
+import contextlib
 import io
 import sys
 import zlib
@@ -23,7 +24,7 @@ from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
 from bitsperdim.checkpoint import Checkpoints
 from bitsperdim.errors import InputError, NonFiniteError
-from bitsperdim.model import Stage, Training
+from bitsperdim.model import Model, Stage
 from bitsperdim.run import Run
 from bitsperdim.signals import Signals
 
@@ -36,9 +37,13 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "") 
     """
     run = run_lib.check(workdir, values)
     chosen = (run.stage(only),) if only else run.stages()
+    for stage in chosen:
+        _check_schedule(stage)
     mesh = sharding.make_mesh(run.config.mesh)
-    for stage in run.stages():
+    for stage in chosen:
         _check_batch_size(stage, mesh)
+    if all(is_complete(run, stage) for stage in chosen):
+        _say(f"{run.workdir} is complete: nothing left to do (raise a stage's train.steps to train it further)")
     with Signals() as signals:
         for stage in chosen:
             if is_complete(run, stage):
@@ -64,54 +69,52 @@ def is_complete(run: Run, stage: Stage) -> bool:
 
 def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals) -> None:
     """From the newest checkpoint, or from nothing, to the stage's last step."""
-    assert stage.build is not None and stage.settings is not None and stage.optim is not None
-    config, seed = stage.settings, stage_seed(run, stage)
-    training = stage.build(run, mesh)
-    for line in run_lib.create(run):
-        _say(f"note: {line}; bit-for-bit equality with the earlier part is not promised")
-    run_lib.write_json(run.folder(stage.name) / "data.json", training.facts)
-    like = _abstract_state(run, stage, training, mesh)
-    checkpoints = _checkpoints(run, stage)
-    state, start = _restored_or_new(run, stage, training, checkpoints, like)
-    step = step_lib.compiled(training.model, stage.optim, config, seed, mesh, like)
-    observer = _Observer(run, stage, training, mesh, start)
-    batches = data.prefetch(
-        lambda index: data.train_batch(training.train, seed, index, config.batch_size, sharding.over_batch(mesh)),
-        start,
-        config.steps,
-    )
-    try:
-        for done in range(start + 1, config.steps + 1):
-            state, report = step(state, next(batches))
-            figures = observer.after_step(done, state, report)
-            if done % config.save_every == 0 or done == config.steps or signals.received is not None:
-                checkpoints.save(done, state, figures)
-            if signals.received is not None and done < config.steps:
-                checkpoints.wait()
-                observer.message(f"{stage.name}: saved at step {done:,}")
-                signals.check()
-        checkpoints.wait()
-    finally:
-        observer.close()
-        batches.close()
-        checkpoints.close()
+    assert stage.model and stage.source and stage.optim and stage.settings
+    config, seed, model = stage.settings, stage_seed(run, stage), stage.model(run)
+    source = stage.source(run, "train")
+    observer = _Observer(run, stage, model, mesh)
+    _write_facts(run, stage)
+    like = _abstract_state(run, stage, model, mesh)
+    step = step_lib.compiled(model, stage.optim, config, seed, mesh, like)
+    with _checkpoints(run, stage) as checkpoints:
+        state, start = _restored_or_new(run, stage, model, checkpoints, like)
+        observer.open(start)
+        over_batch = sharding.over_batch(mesh)
+        make = lambda index: data.train_batch(source, seed, index, config.batch_size, over_batch)
+        with contextlib.closing(observer), contextlib.closing(data.prefetch(make, start, config.steps)) as batches:
+            for done, batch in enumerate(batches, start + 1):
+                state, report = step(state, batch)
+                figures = observer.after_step(done, state, report)
+                if done % config.save_every == 0 or done == config.steps or signals.received is not None:
+                    checkpoints.save(done, state, figures)
+                if signals.received is not None and done < config.steps:
+                    checkpoints.wait()
+                    observer.message(f"{stage.name}: saved at step {done:,}")
+                    signals.check()
 
 
 class _Observer:
     """What is seen of a stage while it trains: log lines, metrics.jsonl, evaluation, pictures. Changes no state."""
 
-    def __init__(self, run: Run, stage: Stage, training: Training, mesh: Mesh, start: int) -> None:
-        assert stage.settings is not None
-        self._config, self._training, self._mesh = stage.settings, training, mesh
+    def __init__(self, run: Run, stage: Stage, model: Model, mesh: Mesh) -> None:
+        assert stage.settings and stage.source and stage.pictures
+        self._config, self._model, self._mesh = stage.settings, model, mesh
         self._folder = run.folder(stage.name)
+        self._source = stage.source(run, "evaluation")
+        self._pictures = stage.pictures(run, mesh)
         self._key = rng.for_purpose(jax.random.key(stage_seed(run, stage)), "evaluation")
-        self._measure = evaluation.compiled(training.model, mesh)
-        self._writer = metrics.Writer(self._folder, start) if jax.process_index() == 0 else None
+        self._measure = evaluation.compiled(model, mesh)
+        self._writer: metrics.Writer | None = None
         self._console = metrics.Console(self._config.steps, _stream())
         self._throughput = metrics.Throughput(self._config.batch_size)
         self._window: list[step_lib.Report] = []
         self._figures: dict[str, float] = {}
         self._compiled = False
+
+    def open(self, start: int) -> None:
+        """Makes the stage's metrics file, or goes on with it after step `start`."""
+        if jax.process_index() == 0:
+            self._writer = metrics.Writer(self._folder, start)
 
     def after_step(self, done: int, state: PyTree, report: step_lib.Report) -> dict[str, float]:
         """Logs, evaluates and draws when it is time to; returns the newest evaluation."""
@@ -148,7 +151,7 @@ class _Observer:
         tallies = jax.tree.map(lambda *values: np.sum(values, axis=0), *[report.tallies for report in window])
         figures = {name: float(value) for name, value in window[-1].figures.items()}
         rate = self._throughput.read(done)
-        summary = self._training.model.summarize(means, tallies)
+        summary = self._model.summarize(means, tallies)
         self._console.progress(done, {name: summary[name] for name in list(summary)[:2]}, rate)
         self._write(done, "train", {**summary, **figures, "images_per_second": rate.images_per_second})
         bad = int(figures["non_finite_in_a_row"])
@@ -159,13 +162,12 @@ class _Observer:
             )
 
     def _evaluate(self, done: int, state: PyTree) -> None:
-        training = self._training
         self._figures = evaluation.evaluate(
-            training.model,
+            self._model,
             self._measure,
             state["ema"],
             state["extra"],
-            training.evaluation,
+            self._source,
             self._config.batch_size,
             self._mesh,
             self._key,
@@ -175,7 +177,7 @@ class _Observer:
         self._console.message(f"  evaluation at step {done:,}: {shown}")
 
     def _draw(self, done: int, state: PyTree) -> None:
-        for name, picture in self._training.pictures(state["ema"], state["extra"], self._key).items():
+        for name, picture in self._pictures(state["ema"], state["extra"], self._key).items():
             if jax.process_index() == 0:
                 images.save_png(self._folder / "images" / f"{name}-{done:08d}.png", picture)
 
@@ -189,13 +191,13 @@ def evaluate(run: Run, split: str) -> dict[str, Any]:
     mesh = sharding.make_mesh(run.config.mesh)
     measured: dict[str, Any] = {}
     for stage in run.stages():
-        if stage.build is None or stage.settings is None or not is_complete(run, stage):
+        if stage.model is None or stage.source is None or stage.settings is None or not is_complete(run, stage):
             continue
-        training, state = restore(run, stage.name, mesh)
-        source = training.evaluation if split == "evaluation" else training.train
+        model, state = restore(run, stage.name, mesh)
+        source = stage.source(run, split)
         figures = evaluation.evaluate(
-            training.model,
-            evaluation.compiled(training.model, mesh),
+            model,
+            evaluation.compiled(model, mesh),
             state["ema"],
             state["extra"],
             source,
@@ -210,17 +212,18 @@ def evaluate(run: Run, split: str) -> dict[str, Any]:
     return {"split": split, **measured, **run.family.report(run.config, measured)}
 
 
-def restore(run: Run, name: str, mesh: Mesh) -> tuple[Training, PyTree]:
-    """A trained stage and what of its state is used after training: `step`, `ema` and `extra`."""
+def restore(run: Run, name: str, mesh: Mesh) -> tuple[Model, PyTree]:
+    """A trained stage's model and what of its state is used after training: `step`, `ema` and `extra`."""
     stage = run.stage(name)
-    assert stage.build is not None
-    training = stage.build(run, mesh)
-    like = _abstract_state(run, stage, training, mesh)
+    assert stage.model is not None
     with _checkpoints(run, stage) as checkpoints:
+        if not checkpoints.steps():
+            raise InputError(f"stage '{name}' of {run.workdir} has no checkpoint yet; train it first")
+        model = stage.model(run)
+        like = _abstract_state(run, stage, model, mesh)
         restored = checkpoints.restore({entry: like[entry] for entry in ("step", "ema", "extra")})
-    if restored is None:
-        raise InputError(f"stage '{name}' of {run.workdir} has no checkpoint yet; train it first")
-    return training, restored[1]
+    assert restored is not None
+    return model, restored[1]
 
 
 def stage_seed(run: Run, stage: Stage) -> int:
@@ -233,24 +236,33 @@ def _checkpoints(run: Run, stage: Stage) -> Checkpoints:
     return Checkpoints(run.folder(stage.name) / "checkpoints", stage.settings.keep_checkpoints)
 
 
-def _abstract_state(run: Run, stage: Stage, training: Training, mesh: Mesh) -> PyTree:
-    assert stage.optim is not None and stage.settings is not None
+def _abstract_state(run: Run, stage: Stage, model: Model, mesh: Mesh) -> PyTree:
+    assert stage.optim and stage.settings
     optimizer = optim.optimizer(stage.optim, stage.settings.steps)
-    return state_lib.abstract(training.model, optimizer, jax.random.key(0), mesh, run.config.mesh)
+    return state_lib.abstract(model, optimizer, jax.random.key(0), mesh, run.config.mesh)
 
 
 def _restored_or_new(
-    run: Run, stage: Stage, training: Training, checkpoints: Checkpoints, like: PyTree
+    run: Run, stage: Stage, model: Model, checkpoints: Checkpoints, like: PyTree
 ) -> tuple[PyTree, int]:
     restored = checkpoints.restore(like)
     if restored is not None:
         _say(f"{stage.name}: going on from step {restored[0]:,}")
         return restored[1], restored[0]
-    assert stage.optim is not None and stage.settings is not None
+    assert stage.optim and stage.settings
     key = rng.for_purpose(jax.random.key(stage_seed(run, stage)), "init")
-    state = state_lib.create(training.model, optim.optimizer(stage.optim, stage.settings.steps), key, like)
-    _say(f"{stage.name}: {state_lib.num_params(state):,} parameters, {training.train.size:,} examples")
+    state = state_lib.create(model, optim.optimizer(stage.optim, stage.settings.steps), key, like)
+    _say(f"{stage.name}: {state_lib.num_params(state):,} parameters, {stage.settings.steps:,} steps")
     return state, 0
+
+
+def _write_facts(run: Run, stage: Stage) -> None:
+    """The first thing that is written: by now the config, the data and the stages before have been found to fit."""
+    facts = stage.facts(run) if stage.facts else {}
+    for line in run_lib.create(run):
+        _say(f"note: {line}; bit-for-bit equality with the earlier part is not promised")
+    if jax.process_index() == 0:
+        run_lib.write_json(run.folder(stage.name) / "data.json", facts)
 
 
 def _require(run: Run, stage: Stage) -> None:
@@ -260,6 +272,15 @@ def _require(run: Run, stage: Stage) -> None:
                 f"stage '{stage.name}' needs '{name}', which is not complete in {run.workdir}; "
                 f"run the same command with --stage={name} first, or without --stage"
             )
+
+
+def _check_schedule(stage: Stage) -> None:
+    """A schedule that does not fit its steps is refused now, not when its stage begins."""
+    if stage.optim and stage.settings:
+        try:
+            optim.schedule(stage.optim, stage.settings.steps)
+        except InputError as error:
+            raise InputError(f"{stage.name}: {error}") from error
 
 
 def _check_batch_size(stage: Stage, mesh: Mesh) -> None:

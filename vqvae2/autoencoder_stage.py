@@ -5,7 +5,6 @@ Not here: the networks (`autoencoder.py`) and the quantiser (`quantizer.py`).
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,24 +12,27 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
 from bitsperdim import augment, data, dequantize, images, rng
-from bitsperdim.model import Aux, Batch, Model, Training
+from bitsperdim.model import Aux, Batch, Model, Pictures, Stage
 from bitsperdim.run import Run
 from vqvae2 import facts as facts_lib
 from vqvae2 import quantizer
 from vqvae2.autoencoder import Autoencoder
-from vqvae2.config import AutoencoderConfig
+from vqvae2.config import AutoencoderConfig, Config
 from vqvae2.facts import Facts
 
 NUM_PICTURES = 32
 
 
-def build(run: Run, mesh: object) -> Training:
-    """The stage over the run's images."""
-    config = run.config.autoencoder
-    train, evaluation = (data.open_source(run.config.data, split) for split in ("train", "evaluation"))
-    facts = facts_lib.of_run(run)
-    model = make(config.model, facts, config.train.batch_size)
-    return Training(model, train, evaluation, {**vars(facts)}, _pictures(config.model, facts, evaluation))
+def stage(config: Config) -> Stage:
+    return Stage(
+        "autoencoder",
+        model=lambda run: make(config.autoencoder.model, facts_lib.of_run(run), config.autoencoder.train.batch_size),
+        source=lambda run, split: data.open_source(config.data, split),
+        pictures=lambda run, mesh: _pictures(run, config),
+        facts=lambda run: vars(facts_lib.of_run(run)),
+        optim=config.autoencoder.optim,
+        settings=config.autoencoder.train,
+    )
 
 
 def network(config: AutoencoderConfig, facts: Facts) -> Autoencoder:
@@ -126,9 +128,10 @@ def _summarize(parts: dict[str, float], tallies: dict[str, np.ndarray]) -> dict[
     return figures
 
 
-def _pictures(config: AutoencoderConfig, facts: Facts, source: data.Source) -> Callable:
+def _pictures(run: Run, config: Config) -> Pictures:
     """Held-out images above their reconstructions."""
-    net = network(config, facts)
+    facts, source = facts_lib.of_run(run), data.open_source(config.data, "evaluation")
+    net = network(config.autoencoder.model, facts)
 
     @jax.jit
     def reconstruct(params: PyTree, extra: PyTree, image: Array) -> Array:

@@ -4,7 +4,7 @@
     WORKDIR/codes/SPLIT/label.npy           int32 [n], where the images have labels
     WORKDIR/codes/info.json                 fingerprint of the autoencoder; written last, so its presence is the commit
 
-Source: Razavi et al. 2019, algorithm 2. A prior refuses codes of another autoencoder (`check_fingerprint`).
+Source: Razavi et al. 2019, algorithm 2. A prior refuses codes of another autoencoder (`autoencoder`).
 """
 
 import hashlib
@@ -33,7 +33,7 @@ SPLITS = ("train", "evaluation")
 
 def extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
     """Encodes both splits. A split that was interrupted is encoded anew."""
-    training, state = trainer.restore(run, "autoencoder", mesh)
+    _, state = trainer.restore(run, "autoencoder", mesh)
     about = facts.of_run(run)
     net = autoencoder_stage.network(run.config.autoencoder.model, about)
 
@@ -46,7 +46,8 @@ def extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
 
     batch_size = -(-run.config.codes.batch_size // mesh.size) * mesh.size
     encode = jax.jit(encode, out_shardings=sharding.replicated(mesh))
-    for split, source in zip(SPLITS, (training.train, training.evaluation), strict=True):
+    for split in SPLITS:
+        source = data.open_source(run.config.data, split)
         encoded = _Writer(run.folder("codes") / split, source.size)
         progress = trainer.progress(f"codes of {source.name}", source.size)
         for batch in data.evaluation_batches(source, batch_size, sharding.over_batch(mesh)):
@@ -62,7 +63,7 @@ def is_extracted(run: Run) -> bool:
     return (run.folder("codes") / "info.json").exists()
 
 
-def open_codes(run: Run, split: str, num_classes: int) -> Source:
+def open_codes(run: Run, split: str) -> Source:
     """The codes of a split as a source: `top` and `bottom` int32 [n, h, w], and `label` where there are labels."""
     folder = run.folder("codes") / split
     arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("*.npy"))}
@@ -71,7 +72,7 @@ def open_codes(run: Run, split: str, num_classes: int) -> Source:
     def read(indices: np.ndarray) -> dict[str, np.ndarray]:
         return {name: array[indices].astype(np.int32) for name, array in arrays.items()}
 
-    levels = run.config.autoencoder.model.num_codes
+    levels, num_classes = run.config.autoencoder.model.num_codes, facts.of_run(run).num_classes
     return Source(f"codes of {split}", size, (grid[0], grid[1], 1), levels, num_classes, read)
 
 
@@ -84,14 +85,17 @@ def fingerprint(state: PyTree) -> str:
     return digest.hexdigest()
 
 
-def check_fingerprint(run: Run, state: PyTree) -> None:
-    """Raises InputError where the run's codes were made by another autoencoder than `state`."""
+def autoencoder(run: Run, mesh: Mesh) -> PyTree:
+    """The trained autoencoder (`ema`, `extra`); raises InputError where the run's codes were made by another one."""
+    _, state = trainer.restore(run, "autoencoder", mesh)
     info: dict[str, Any] = json.loads((run.folder("codes") / "info.json").read_text())
     if info["fingerprint"] != fingerprint(state):
         raise InputError(
             f"{run.folder('codes')} was made by another autoencoder (at step {info['autoencoder_step']:,}, now "
-            f"{int(state['step']):,}); remove the folders codes, top and bottom of {run.workdir} to train the priors anew"
+            f"{int(state['step']):,}); "
+            f"remove the folders codes, top and bottom in {run.workdir} to train the priors anew"
         )
+    return state
 
 
 class _Writer:

@@ -64,15 +64,79 @@ class CodesConfig:
         _at_least(self, 1, "batch_size")
 
 
-def _at_least(config: object, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be at least {least}, not {getattr(config, name)}")
+@dataclasses.dataclass(frozen=True)
+class PriorConfig:
+    """The network of a prior (`prior.py`). A filter of 5 in the paper is a quadrant of side 3 here."""
+
+    hidden: int = 512
+    residual: int = 2048
+    layers: int = 20
+    kernel: int = 3
+    activation: str = "elu"  # or 'concat_elu', as PixelSNAIL
+    embedding: int = 64
+    attention_every: int = 0  # layers between two attentions; 0: none
+    attention_heads: int = 8
+    attention_features: int = 256  # key, query and value dimensions of all heads together
+    output_layers: int = 0
+    dropout: float = 0.1
+    class_conditional: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "hidden", "residual", "layers", "kernel", "embedding", "attention_heads")
+        _at_least(self, 0, "attention_every", "output_layers")
+        if self.activation not in ("elu", "concat_elu"):
+            raise ValueError(f"activation must be 'elu' or 'concat_elu', not '{self.activation}'")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+        if self.attention_every and self.attention_features % self.attention_heads:
+            raise ValueError(
+                f"attention_features must be a multiple of attention_heads={self.attention_heads}, "
+                f"not {self.attention_features}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditioningConfig:
+    """The stack that turns the codes above into a map (`conditioning.py`), from the finest resolution down."""
+
+    blocks: int = 20
+    widths: tuple[int, ...] = (1024, 2048, 2048)
+    bottlenecks: tuple[int, ...] = (256, 512, 512)
+    norm: str = "batch"  # as the paper; or 'group', 'none'
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "blocks")
+        if not self.widths or len(self.widths) != len(self.bottlenecks) or min(*self.widths, *self.bottlenecks) < 1:
+            raise ValueError(f"widths must match bottlenecks={self.bottlenecks} one to one, not {self.widths}")
+        if self.norm not in ("batch", "group", "none"):
+            raise ValueError(f"norm must be 'batch', 'group' or 'none', not '{self.norm}'")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionedPriorConfig(PriorConfig):
+    """A prior below the top level."""
+
+    residual: int = 1024
+    conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopStageConfig:
+    model: PriorConfig
+    optim: OptimConfig
+    train: TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BottomStageConfig:
+    model: ConditionedPriorConfig
+    optim: OptimConfig
+    train: TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A VQ-VAE-2 run."""
+    """A VQ-VAE-2 run: `family` is 'vqvae2'."""
 
     family: str
     seed: int
@@ -80,3 +144,11 @@ class Config:
     mesh: MeshConfig
     autoencoder: AutoencoderStageConfig
     codes: CodesConfig
+    top: TopStageConfig
+    bottom: BottomStageConfig
+
+
+def _at_least(config: object, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}, not {getattr(config, name)}")

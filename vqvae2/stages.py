@@ -1,6 +1,25 @@
-from vqvae2 import autoencoder_stage, codes
+"""The stages of a VQ-VAE-2 run and the figures of the whole.
+
+autoencoder -> codes -> top and bottom, which do not need each other (Razavi et al. 2019, algorithms 1 and 2).
+"""
+
+from typing import Any
+
 from bitsperdim.model import Stage
-def stages(config):
-    return (Stage("autoencoder", build=autoencoder_stage.build, optim=config.autoencoder.optim, settings=config.autoencoder.train), Stage("codes", ("autoencoder",), extract=codes.extract, is_extracted=codes.is_extracted))
-def report(config, m): return {}
-def sampler(*a): pass
+from vqvae2 import autoencoder_stage, codes, prior_stage
+from vqvae2.config import Config
+
+
+def stages(config: Config) -> tuple[Stage, ...]:
+    extraction = Stage("codes", ("autoencoder",), extract=codes.extract, is_extracted=codes.is_extracted)
+    return autoencoder_stage.stage(config), extraction, prior_stage.top(config), prior_stage.bottom(config)
+
+
+def report(config: Config, measured: dict[str, Any]) -> dict[str, Any]:
+    """The rate of all levels beside the distortion. A rate and a distortion are no likelihood of the image: the bits
+    name the reconstruction, not the image itself (supplement, section E)."""
+    levels = [name for name in ("top", "bottom") if name in measured]
+    figures: dict[str, Any] = {name: measured["autoencoder"][name] for name in ("mse", "mse_over_variance")}
+    if len(levels) == 2:
+        figures["rate_bits_per_image"] = sum(measured[name]["rate_bits_per_image"] for name in levels)
+    return figures | {f"nats_per_code_{name}": measured[name]["nats_per_code"] for name in levels}

@@ -43,8 +43,7 @@ def test_without_classes_there_are_no_labels(tmp_path):
 
 def test_the_first_of_two_writers_wins_and_the_other_leaves_nothing(tmp_path):
     def overtaken():
-        for chunk in chunks():
-            yield chunk
+        yield from chunks()
         cache.write(tmp_path / "a", "first", 10, 5, chunks())
 
     cache.write(tmp_path / "a", "second", 10, 5, overtaken())

@@ -64,11 +64,10 @@ def test_a_known_density_gives_every_level_its_known_probability(levels, range):
 
 
 @pytest.mark.parametrize("range", RANGES)
-def test_scaled_values_stay_below_one_for_any_number_of_levels(range):
+@pytest.mark.parametrize("levels", [2, 3, 17, 32, 49, 63, 64, 128, 256])
+def test_the_top_of_the_range_is_out_of_reach(levels, range):
     scale = jax.jit(dequantize.scale, static_argnums=(1, 2))
-    for levels in (2, 3, 17, 32, 129, 251, 255, 256):
-        z = scale(jnp.float32(levels - 1) + GRID, levels, range)
-        assert z.max() < 1
+    assert scale(jnp.float32(levels - 1) + GRID, levels, range).max() < 1
 
 
 @pytest.mark.parametrize("range", RANGES)

@@ -151,7 +151,7 @@ def test_a_message_stands_above_the_bar(terminal):
 def test_a_bar_never_reaches_the_edge(terminal, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     Console(10, terminal).progress(5, {"bits_per_dim": 3.5}, Rate(10.0, 1.0))
-    assert terminal.screen() == ["[##########..........]  50%  "]
+    assert terminal.screen() == ["[##########..........]  50%"]
 
 
 @pytest.mark.parametrize("term", ["dumb", None])

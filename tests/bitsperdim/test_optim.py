@@ -132,7 +132,7 @@ def test_exponential_takes_the_recorded_rates(golden):
 
 
 def test_exponential_survives_float32():
-    # MaCow stops at 1e-5, 1.535 million updates after the warm-up; 0.999997 rounded to float32 would give 1.04e-5.
+    # MaCow stops at 1e-5, 1.535 million updates after the warm-up; 0.999997 rounded to float32 would give 1.03e-5.
     config = OptimConfig("adam", 1e-3, "exponential", exponential_rate=0.999997)
     got = jax.jit(optim.schedule(config, 2_000_000))(jnp.int32(1_535_000))
     np.testing.assert_allclose(got, 1e-3 * 0.999997**1_535_000, rtol=1e-5)

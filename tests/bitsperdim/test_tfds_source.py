@@ -94,6 +94,14 @@ def test_a_configuration_is_found_by_its_name(open_split):
     assert source[:4] == ("celeb_a_hq/64:2.0.0 train[:3]", 3, (64, 64, 3), 256)
 
 
+def test_folders_not_given_come_from_the_environment(small, tmp_path, monkeypatch):
+    small()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("BITSPERDIM_CACHE", str(tmp_path / "here"))
+    assert data.open_source(data.DataConfig("tfds", name="small"), "evaluation").size == 4
+    assert len(list((tmp_path / "here").iterdir())) == 1
+
+
 def test_the_newest_version_is_taken_by_number_not_by_letter(small, tmp_path):
     for version in ("1.9.0", "1.10.0"):
         small(version=version)

@@ -82,15 +82,15 @@ def test_golden_gradients_and_adam_step(data):
     np.testing.assert_allclose(value, data["train/loss"], rtol=1e-5)
     assert_trees_close(gradients, convert.params_from_torch(under(data, "grad/")), rtol=1e-3, atol=1e-6)
     # Adam's first step divides each gradient by its own size: where that is rounding error, so is the step.
-    assert_trees_close(after, convert.params_from_torch(under(data, "after_step/")), rtol=1e-4, atol=4e-6)
+    assert_trees_close(after, convert.params_from_torch(under(data, "after_step/")), rtol=1e-4, atol=1e-6)
 
 
 def assert_trees_close(found, expected, **tolerance):
-    leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: (np.asarray(a), b), found, expected))
-    pairs = dict(jax.tree_util.tree_leaves_with_path(expected))
-    assert len(leaves) == 2 * len(pairs)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
-        np.testing.assert_allclose(leaf, pairs[path], err_msg=jax.tree_util.keystr(path), **tolerance)
+    expected = dict(jax.tree_util.tree_leaves_with_path(expected))
+    found = dict(jax.tree_util.tree_leaves_with_path(found))
+    assert found.keys() == expected.keys()
+    for path, leaf in found.items():
+        np.testing.assert_allclose(leaf, expected[path], err_msg=jax.tree_util.keystr(path), **tolerance)
 
 
 @pytest.mark.parametrize("strides, count", [((4, 2), 1_716_803), ((8, 2, 2), 3_270_787)], ids=["two", "three"])
@@ -102,42 +102,44 @@ def test_the_papers_networks_have_the_derived_number_of_parameters(strides, coun
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
-@pytest.mark.parametrize("strides", [(4, 2), (2, 2, 2), (2, 4)], ids=["two", "three", "wide"])
-def test_the_reconstruction_alone_reaches_every_parameter(strides):
+@pytest.mark.parametrize("strides", [(4, 2), (2, 4, 2)], ids=["two", "three"])
+def test_the_reconstruction_alone_reaches_every_parameter(strides, random_variables):
     """Through the top decoder and the 1x1 before the bottom quantiser too, which one port cuts off."""
     net = Autoencoder(strides, hidden=8, residual=4, layers=1, code_dim=4)
     images = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3), minval=-1.0)
     embeddings = {name: quantizer.init(jax.random.key(1), 6, 4).embedding for name in net.levels}
-    params = net.init(jax.random.key(2), images, embeddings)["params"]
+    params = random_variables(net, images, embeddings)["params"]
     loss = lambda params: jnp.square(net.apply({"params": params}, images, embeddings)[0] - images).mean()
     gradients = jax.jit(jax.grad(loss))(params)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert jnp.abs(gradient).max() > 0, jax.tree_util.keystr(path)
 
 
-def test_three_levels_decode_what_they_encode():
+def test_three_levels_decode_what_they_encode(random_variables):
     net = Autoencoder((4, 2, 2), hidden=8, residual=4, layers=1, code_dim=4)
     images = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3), minval=-1.0)
     keys = dict(zip(net.levels, jax.random.split(jax.random.key(1), 3), strict=True))
     embeddings = {name: quantizer.init(key, 6, 4).embedding for name, key in keys.items()}
-    variables = net.init(jax.random.key(2), images, embeddings)
-    image, _, quantized = net.apply(variables, images, embeddings)
-    codes = net.apply(variables, images, embeddings, method="encode")
+    variables = random_variables(net, images, embeddings)
+    image, _, quantized = jax.jit(net.apply)(variables, images, embeddings)
+    codes = jax.jit(lambda images: net.apply(variables, images, embeddings, method="encode"))(images)
+    decode = jax.jit(lambda codes: net.apply(variables, codes, embeddings, method="decode"))
     assert {name: grid.shape[1:] for name, grid in codes.items()} == {"top": (2, 2), "middle": (4, 4), "bottom": (8, 8)}
     np.testing.assert_array_equal(codes["middle"], quantized["middle"].codes)
-    np.testing.assert_allclose(net.apply(variables, codes, embeddings, method="decode"), image, atol=1e-5)
+    np.testing.assert_allclose(decode(codes), image, atol=1e-5)
     # The top codes reach the image by way of both finer grids.
     other = codes | {"top": (codes["top"] + 1) % 6}
-    assert jnp.abs(net.apply(variables, other, embeddings, method="decode") - image).max() > 1e-3
+    assert jnp.abs(decode(other) - image).max() > 1e-3
 
 
-def test_computing_in_bfloat16_keeps_parameters_and_image_in_float32():
+def test_computing_in_bfloat16_keeps_parameters_and_image_in_float32(random_variables):
     net = Autoencoder((4, 2), hidden=8, residual=4, layers=1, code_dim=4, dtype=jnp.bfloat16)
     images = jax.random.uniform(jax.random.key(0), (1, 16, 16, 3), minval=-1.0)
     embeddings = {name: quantizer.init(jax.random.key(1), 6, 4).embedding for name in net.levels}
-    variables = net.init(jax.random.key(2), images, embeddings)
-    (image, z, _), captured = net.apply(variables, images, embeddings, capture_intermediates=True)
+    variables = jax.eval_shape(net.init, jax.random.key(2), images, embeddings)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"float32"}
+    apply = jax.jit(lambda variables: net.apply(variables, images, embeddings, capture_intermediates=True))
+    (image, z, _), captured = apply(random_variables(net, images, embeddings))
     assert z["top"].dtype == captured["intermediates"]["decoder_top"]["__call__"][0].dtype == jnp.bfloat16
     assert image.dtype == jnp.float32
 

@@ -83,7 +83,7 @@ def test_codes_are_decided_in_float32_when_the_encoder_computes_in_bfloat16():
 
 
 def test_perplexity_does_not_collapse_in_the_first_steps():
-    """The rule without debiasing goes to 1.0 here by the second step: unhit codes leave for 1e5 times their size."""
+    """As it does without debiasing, where codes that the first batch misses leave for 1e5 times their size."""
     codebook = quantizer.init(jax.random.key(0), 32, 16)
     port = {"embedding": codebook.embedding, "counts": jnp.zeros(32), "sums": codebook.embedding}
     for t in range(5):
@@ -93,7 +93,7 @@ def test_perplexity_does_not_collapse_in_the_first_steps():
         port_hits = statistics(z, quantizer.quantize(port["embedding"], z).codes, 32)
         port = not_debiased(port, port_hits)
     assert quantizer.perplexity(hits.counts) > 10.0
-    assert quantizer.perplexity(port_hits.counts) < 1.5
+    assert quantizer.perplexity(port_hits.counts) < 2.0
 
 
 def not_debiased(state, hits):
@@ -148,7 +148,9 @@ def test_candidates_are_encoder_vectors_of_many_examples(batch):
     assert equal.any(1).any(1).sum() >= 4
 
 
-@pytest.mark.parametrize("parts", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 2, 4, 6], [1, 3, 5, 7]], [[5, 0, 7], [1, 2, 3, 4, 6]]])
+@pytest.mark.parametrize(
+    "parts", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 2, 4, 6], [1, 3, 5, 7]], [[5, 0, 7], [1, 2, 3, 4, 6]]]
+)
 def test_statistics_of_micro_batches_add_up_to_those_of_the_batch(batch, parts):
     z, codes, num_codes = batch
     whole = statistics(z, codes, num_codes)

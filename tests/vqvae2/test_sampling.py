@@ -1,0 +1,53 @@
+"""Ancestral sampling against exact probabilities, and against itself in another batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bitsperdim import rng
+from vqvae2 import sampling
+
+NUM_CODES = 3
+
+
+def chain(codes):
+    """A Markov chain along raster order: its logits depend on the code before, and on the position."""
+    flat = codes.reshape(len(codes), -1)
+    previous = jnp.pad(flat, ((0, 0), (1, 0)))[:, :-1]
+    table = jax.random.normal(jax.random.key(5), (flat.shape[1], NUM_CODES, NUM_CODES))
+    return table[jnp.arange(flat.shape[1]), previous].reshape(*codes.shape, NUM_CODES)
+
+
+def draw(keys, temperature=1.0):
+    return sampling.sample_codes(chain, sampling.gumbel_noise(keys, NUM_CODES), (len(keys), 1, 3), temperature)
+
+
+def test_grids_come_as_often_as_they_are_likely():
+    count = 20_000
+    keys = rng.per_example(jax.random.key(0), jnp.arange(count))
+    drawn = np.asarray(jax.jit(draw)(keys)).reshape(count, 3) @ np.array([9, 3, 1])
+    grids = jnp.array(list(np.ndindex(3, 3, 3)))[:, None, :]
+    log_probs = jax.nn.log_softmax(chain(grids))
+    likely = np.asarray(jnp.exp(jnp.take_along_axis(log_probs, grids[..., None], -1).sum((1, 2, 3))))
+    frequency = np.bincount(drawn, minlength=27) / count
+    # Five standard errors of a frequency.
+    np.testing.assert_array_less(np.abs(frequency - likely), 5 * np.sqrt(likely / count) + 1e-12)
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    keys = rng.per_example(jax.random.key(1), jnp.arange(7))
+    np.testing.assert_array_equal(draw(keys)[4:6], draw(keys[4:6]))
+
+
+def test_noise_differs_between_positions():
+    noise = sampling.gumbel_noise(rng.per_example(jax.random.key(1), jnp.arange(2)), NUM_CODES)
+    assert jnp.abs(noise(jnp.int32(0)) - noise(jnp.int32(1))).min() > 1e-3
+
+
+def test_temperature_zero_takes_the_likeliest_code_each_time():
+    keys = rng.per_example(jax.random.key(2), jnp.arange(2))
+    greedy = np.asarray(draw(keys, temperature=0.0))
+    expected = np.zeros((2, 1, 3), int)
+    for position in range(3):
+        expected[:, 0, position] = np.asarray(chain(jnp.asarray(expected)))[:, 0, position].argmax(-1)
+    np.testing.assert_array_equal(greedy, expected)
