@@ -68,7 +68,7 @@ def _evaluate(argv: list[str]) -> None:
     measured = trainer.evaluate(run, values.split)
     path = run.workdir / "evaluation.json"
     run_lib.write_json(path, measured)
-    print(metrics.table([("figure", "value"), *config_lib.flatten(measured)]))
+    print(metrics.table(list(config_lib.flatten(measured)), ("figure", "value")))
     print(f"written to {path}")
 
 

@@ -125,16 +125,16 @@ class Console:
     closed connection, is let go in silence: watching must not end a training.
     """
 
-    def __init__(self, steps: int, stream: TextIO | None = None):
-        self._steps = steps
+    def __init__(self, steps: int, stream: TextIO | None = None, unit: str = "step"):
+        self._steps, self._unit = steps, unit
         self._stream = sys.stderr if stream is None else stream
-        self._is_terminal = _is_terminal(self._stream)
+        self.is_terminal = _is_terminal(self._stream)
         self._bar = ""  # what stands on the terminal's last line
 
     def progress(self, step: int, values: Mapping[str, float], rate: Rate) -> None:
         """Shows a step: `step 400/2000  mse 0.0123  1,234 images/s  ETA 00:03:10`."""
-        line = progress_line(step, self._steps, values, rate)
-        if self._is_terminal:
+        line = progress_line(step, self._steps, values, rate, self._unit)
+        if self.is_terminal:
             self._draw(f"{bar(step / self._steps)}  {line}")
         else:
             self._write(line + "\n")
@@ -171,9 +171,30 @@ class Console:
             pass
 
 
-def progress_line(step: int, steps: int, values: Mapping[str, float], rate: Rate) -> str:
+def counting(what: str, total: int, stream: TextIO | None = None) -> Callable[[int], None]:
+    """Progress of work that is counted in images: call the result with the number done so far.
+
+    A bar is redrawn every half second; elsewhere than on a terminal a line is written every ten, and at the end.
+    """
+    console, throughput = Console(total, stream, what), Throughput(1)
+    interval = 0.5 if console.is_terminal else 10.0
+    due = time.monotonic() + interval
+    throughput.restart(0)
+
+    def update(done: int) -> None:
+        nonlocal due
+        if done == total or time.monotonic() >= due:
+            console.progress(done, {}, throughput.read(done))
+            due = time.monotonic() + interval
+        if done == total:
+            console.close()
+
+    return update
+
+
+def progress_line(step: int, steps: int, values: Mapping[str, float], rate: Rate, unit: str = "step") -> str:
     """Step, figures to four digits, speed and time left; the last two only where they are known."""
-    parts = [f"step {step}/{steps}", *(f"{key} {value:.4g}" for key, value in values.items())]
+    parts = [f"{unit} {step}/{steps}", *(f"{key} {value:.4g}" for key, value in values.items())]
     if math.isfinite(rate.images_per_second):
         parts.append(f"{rate.images_per_second:,.{0 if rate.images_per_second >= 10 else 2}f} images/s")
         parts.append(f"ETA {duration((steps - step) * rate.seconds_per_step)}")

@@ -297,20 +297,8 @@ def _check_batch_size(stage: Stage, mesh: Mesh) -> None:
 
 
 def progress(what: str, total: int) -> Callable[[int], None]:
-    """A console for work that is counted in images: call the result with the number done so far."""
-    console, throughput = metrics.Console(total, _stream()), metrics.Throughput(1)
-    interval, due = max(total // 10, 1), 0
-    console.message(f"{what}: {total:,}")
-
-    def update(done: int) -> None:
-        nonlocal due
-        if done >= due or done == total:
-            console.progress(done, {}, throughput.read(done))
-            due = done + interval
-        if done == total:
-            console.close()
-
-    return update
+    """`metrics.counting`, seen on one host."""
+    return metrics.counting(what, total, _stream())
 
 
 def _say(line: str) -> None:
