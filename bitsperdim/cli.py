@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 bad input, 3 stopped by a signal and saved, 4 training sta
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -45,16 +46,17 @@ def sample() -> None:
 
 
 def _train(argv: list[str]) -> None:
+    name, argv = _pop_config(argv)
+    # Completed with the defaults, so that every key can be overridden and not only those that the file names.
+    _, config = run_lib.parse(load_config(name))
+    complete = ConfigDict(dataclasses.asdict(config))
+    _refuse_unknown_keys(argv, [key for key, _ in config_lib.flatten(complete.to_dict())])
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, help_string="NAME or FILE.py, with :variant.")
+    config_flags.DEFINE_config_dict("config", complete, flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", "", "Run folder; default runs/<config>-<variant>.", flag_values=values)
     flags.DEFINE_string("stage", "", "Train this stage alone.", flag_values=values)
-    argv = [_with_config_path(argument) for argument in argv]
-    _refuse_unknown_keys(argv)
     _parse(values, argv)
-    if values.config is None:
-        raise InputError(f"--config is missing; one of {', '.join(config_names())}, or a file")
-    trainer.train(values.config, values.workdir or _default_workdir(argv), values.stage)
+    trainer.train(values.config, values.workdir or _default_workdir(name), values.stage)
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -127,30 +129,28 @@ def load_config(name: str) -> ConfigDict:
         raise InputError(f"{path} could not be loaded: {type(error).__name__}: {error}") from error
 
 
-def _with_config_path(argument: str) -> str:
-    """`--config=NAME:variant` with NAME as the path of its file."""
-    if not argument.startswith("--config="):
-        return argument
-    name, colon, variant = argument.removeprefix("--config=").partition(":")
-    return f"--config={find_config(name)}{colon}{variant}"
+def _pop_config(argv: list[str]) -> tuple[str, list[str]]:
+    """The value of `--config=NAME` (or `--config NAME`), and the other arguments."""
+    rest = list(argv)
+    for i, argument in enumerate(argv):
+        if argument.startswith("--config="):
+            return rest.pop(i).removeprefix("--config="), rest
+        if argument == "--config" and i + 1 < len(argv):
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+    raise InputError(f"--config is missing; known are {', '.join(config_names())}, or give the path of a file")
 
 
-def _refuse_unknown_keys(argv: list[str]) -> None:
+def _refuse_unknown_keys(argv: list[str], valid: list[str]) -> None:
     """`ml_collections` reports an unknown `--config.key` without its section, so it is looked up first."""
-    named = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
-    if not named:
-        return
-    valid = [key for key, _ in config_lib.flatten(load_config(named[-1]).to_dict())]
     for argument in argv:
-        if argument.startswith("--config."):
-            key = argument.removeprefix("--config.").partition("=")[0]
-            if key not in valid and not any(name.startswith(f"{key}.") for name in valid):
-                raise config_lib.unknown_key(key, valid)
+        key = argument.removeprefix("--config.").partition("=")[0]
+        if argument.startswith("--config.") and key not in valid:
+            raise config_lib.unknown_key(key, valid)
 
 
-def _default_workdir(argv: list[str]) -> str:
-    name, _, variant = [a for a in argv if a.startswith("--config=")][-1].removeprefix("--config=").partition(":")
-    return os.path.join("runs", f"{pathlib.Path(name).stem}-{variant or 'base'}")
+def _default_workdir(name: str) -> str:
+    path, _, variant = name.partition(":")
+    return os.path.join("runs", f"{pathlib.Path(path).stem}-{variant or 'base'}")
 
 
 def _parse(values: flags.FlagValues, argv: list[str]) -> None:

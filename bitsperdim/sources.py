@@ -12,7 +12,8 @@ from jaxtyping import Int
 from bitsperdim.errors import InputError
 
 T = TypeVar("T")
-PHOTO_EVALUATION_WIDTH = 160  # pixels on the right of each photograph, a quarter of it
+# Columns of each photograph that are held out: an edge and a side of the pavilion, a half of the flower, sky and trees.
+PHOTO_EVALUATION_STRIPS = ((96, 176), (320, 400))
 PHOTO_STRIDES = {"train": 4, "evaluation": 8}
 DIGITS_EVALUATION_SIZE = 360
 
@@ -65,14 +66,15 @@ def digits(split: str) -> Source:
 def photos(image_size: int, split: str) -> Source:
     """Square crops of the two photographs of scikit-learn (427 x 640), on a grid of 4 (train) or 8 pixels (evaluation).
 
-    Evaluation crops come from the right quarter of each photograph. A gap of one crop width lies between that and the
-    train area, so that no pixel is shared and the nearest neighbours are not near. `InputError` where a crop does not
-    fit into the evaluation area.
+    Evaluation crops come from two vertical strips of each photograph, train crops from the rest. A gap of one crop
+    width lies between them, so that no pixel is shared and the nearest neighbours are not near. `InputError` where a
+    crop does not fit into the strips.
     """
     from sklearn.datasets import load_sample_images
 
-    if not 1 <= image_size <= PHOTO_EVALUATION_WIDTH:
-        raise InputError(f"data.image_size of photos must lie in 1..{PHOTO_EVALUATION_WIDTH}, not {image_size}")
+    widest = min(end - begin for begin, end in PHOTO_EVALUATION_STRIPS)
+    if not 1 <= image_size <= widest:
+        raise InputError(f"data.image_size of photos must lie in 1..{widest}, not {image_size}")
     photographs = np.stack(load_sample_images().images)
     corners = photo_corners(photographs.shape, image_size, split)
     windows = np.lib.stride_tricks.sliding_window_view(photographs, (image_size, image_size), axis=(1, 2))
@@ -88,12 +90,20 @@ def photos(image_size: int, split: str) -> Source:
 def photo_corners(shape: tuple[int, ...], image_size: int, split: str) -> Int[np.ndarray, "n 3"]:
     """(photograph, top, left) of every crop of a split, for photographs of shape [number, height, width, channels]."""
     number, height, width = shape[:3]
-    boundary = width - PHOTO_EVALUATION_WIDTH
-    begin, end = _one_of("photos", split, {"train": (0, boundary - image_size), "evaluation": (boundary, width)})
+    areas = _one_of(
+        "photos", split, {"train": _between_strips(width, image_size), "evaluation": PHOTO_EVALUATION_STRIPS}
+    )
     stride = PHOTO_STRIDES[split]
     tops = np.arange(0, height - image_size + 1, stride)
-    lefts = np.arange(begin, end - image_size + 1, stride)
+    lefts = np.concatenate([np.arange(begin, end - image_size + 1, stride) for begin, end in areas])
     return np.stack(np.meshgrid(np.arange(number), tops, lefts, indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+def _between_strips(width: int, gap: int) -> tuple[tuple[int, int], ...]:
+    """The columns outside the evaluation strips, `gap` pixels away from them."""
+    begins = [0, *(end + gap for _, end in PHOTO_EVALUATION_STRIPS)]
+    ends = [*(begin - gap for begin, _ in PHOTO_EVALUATION_STRIPS), width]
+    return tuple(zip(begins, ends, strict=True))
 
 
 def synthetic(split: str, size: int, shape: tuple[int, int, int], levels: int, num_classes: int) -> Source:

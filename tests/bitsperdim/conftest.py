@@ -1,0 +1,73 @@
+"""The toy family, its config, and the state that a run has saved."""
+
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+TOY = pathlib.Path(__file__).resolve().parents[1] / "toy"
+sys.path.insert(0, str(TOY))
+
+from bitsperdim import cli, trainer
+from bitsperdim import run as run_lib
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    """Programs kept from earlier runs would hide what these tests run; child processes see it too."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
+@pytest.fixture(scope="session")
+def toy_config():
+    """`toy_config({"train.steps": 3})` -> the config of the toy family with some values replaced."""
+
+    def make(changes=()):
+        config = cli.load_config(str(TOY / "toy.py"))
+        config.update_from_flattened_dict(dict(changes))
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sub_mesh():
+    """`sub_mesh(data, fsdp)` -> a mesh over the first data x fsdp devices."""
+
+    def make(data, fsdp=1):
+        devices = jax.devices()[: data * fsdp]
+        return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def saved_state():
+    """`saved_state(workdir, step)` -> the whole train state in a checkpoint of a run, as numpy; default the newest."""
+
+    def load(workdir, step=None, name="model"):
+        run = run_lib.open_run(workdir)
+        stage = run.stage(name)
+        with trainer._checkpoints(run, stage) as checkpoints:
+            mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+            like = trainer._abstract_state(run, stage, stage.model(run), mesh)
+            step = checkpoints.steps()[-1] if step is None else step
+            return jax.tree.map(np.asarray, checkpoints.restore_step(step, like))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def assert_same_bits():
+    """Two trees of arrays have the same structure, types and bits."""
+
+    def check(got, expected):
+        assert jax.tree.structure(got) == jax.tree.structure(expected)
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+            a, b = np.asarray(a), np.asarray(b)
+            assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), jax.tree_util.keystr(path)
+
+    return check
