@@ -82,6 +82,8 @@ def check(workdir: str | os.PathLike[str], values: ConfigDict | Mapping[str, Any
     run = Run(folder, config, family)
     if (folder / "config.json").exists():
         _refuse_differences(_read(folder), run)
+    elif folder.is_file():
+        raise InputError(f"{folder} is a file, not a folder; use a new --workdir")
     elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty and is no run (it has no config.json); use a new --workdir")
     return run
@@ -164,9 +166,12 @@ def _optim_beside(section: str, config: Any) -> optim.OptimConfig:
 def _read(folder: epath.Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no sections")
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); restore it, or use a new --workdir") from error
+    return values
 
 
 def write_json(path: epath.Path, values: Any) -> None:

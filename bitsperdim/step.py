@@ -70,7 +70,7 @@ def compiled(
     def step(state: PyTree, batch: Batch) -> tuple[PyTree, Report]:
         key = rng.step_key(seed, state["step"])
         objective, aux, gradients = _gradients(model, config.accumulation, state, batch, key)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         taken, skips = _skip_rule(config, state["skips"], objective, norm)
         if config.clip_norm:
             scale = jnp.minimum(1.0, config.clip_norm / norm)
