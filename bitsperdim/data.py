@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -175,7 +175,7 @@ def _global_batch(
     return {name: place(values) for name, values in read(local).items()}
 
 
-def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[T]:
+def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Generator[T, None, None]:
     """make(start), ..., make(stop - 1) in order, up to `depth` of them made ahead in one background thread.
 
     An exception of `make` is raised where its result would have come. Closing the generator drops what is not yet begun

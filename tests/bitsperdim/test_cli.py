@@ -1,0 +1,302 @@
+"""The scripts as people call them: what is printed, what is written, and the exit code."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import toy_family
+
+from bitsperdim import cli
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TOY = pathlib.Path(toy_family.__file__).with_name("toy.py")
+TRAIN, EVALUATE, SAMPLE = cli.train, cli.evaluate, cli.sample
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """`call(cli.train, *flags)` -> exit code, stdout, stderr."""
+
+    def run(script, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+        capsys.readouterr()
+        try:
+            code = script() or 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refusal(call, tmp_path, monkeypatch):
+    """`refusal(cli.train, *flags)` -> the message of an input error, which is all that is said and done."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *flags):
+        before = sorted(tmp_path.rglob("*"))
+        code, out, err = call(script, *flags)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ") and err.count("error: ") == 1
+        assert "Traceback" not in err
+        assert sorted(tmp_path.rglob("*")) == before
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A complete toy run; its config and checkpoints are not to be changed."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", f"--config={TOY}", f"--workdir={folder}"])
+        cli.train()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.train.log_evry=5"], "unknown key 'train.log_evry' in --config; did you mean 'train.log_every'?"),
+        (["--config.optm.name=adam"], "unknown key 'optm.name' in --config; did you mean 'optim.name'?"),
+        (["--config.train=5"], "unknown key 'train' in --config"),
+        (["--config.train.steps=many"], "steps"),
+        (["--config.train.steps=1.5"], "steps"),
+        (["--config.optim.learning_rate=fast"], "learning_rate"),
+        (["--config.train.steps=0"], "config value train.steps must be at least 1, not 0"),
+        (["--config.train.ema_ramp=perhaps"], "ema_ramp"),
+        (["--config.mesh.rules=kernel"], "rules"),
+        (["--config.mesh.rules=(('kernel', ('fsdp', 3)),)"], "rules"),
+        (["--config.train.batch_size=12"], "is not divisible by the 8 devices"),
+        (
+            ["--config.data.source=tfds", "--config.data.name=mnist", "--config.data.data_dir=none"],
+            "'mnist' is not in ",
+        ),
+        (["--stage=top"], "there is no stage 'top' in "),
+        (["--workdri=here"], "workdri"),
+        (["here"], "unexpected argument 'here'"),
+        (["--workdir=/proc/run"], "cannot write to /proc/run"),
+    ],
+)
+def test_training_refuses_in_one_message_and_leaves_no_folder(refusal, flags, message):
+    assert message in refusal(TRAIN, f"--config={TOY}", *flags)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ([], "--config is missing"),
+        (["--config"], "--config is missing"),
+        (["--config="], "there is no config ''"),
+        (["--config=vqvae2_foto"], "there is no config 'vqvae2_foto'; known are "),
+        (["--config=none.py"], "there is no config 'none.py'"),
+        (["--config=vqvae2_photos:tinny"], "no variant 'tinny'"),
+        (["--config=broken.py"], "broken.py could not be loaded: ZeroDivisionError: division by zero"),
+        (["--config=syntax.py"], "syntax.py could not be loaded: SyntaxError"),
+        (["--config=empty.py"], "empty.py could not be loaded: AttributeError"),
+        (["--config=wrong.py"], "'model.hidden' must be of type int, not str ('16')"),
+        (["--config=typo.py"], "unknown key 'model.hiden' in --config; did you mean 'model.hidden'?"),
+        (["--config=rules.py"], "'mesh.rules[0][1][1]' must be of type str, not int (3)"),
+        (["--config=lacking.py"], "the config lacks the key 'optim.name'"),
+        (["--config=nothing.py"], "nothing.py"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_named_with_what_is_wrong(refusal, tmp_path, config, message):
+    edit = (
+        TOY.read_text()
+        + "\nplain = get_config\ndef get_config(variant=''):\n    c = plain(variant)\n    {}\n    return c\n"
+    )
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "syntax.py").write_text("def get_config(:")
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "nothing.py").write_text("def get_config(variant): return None")
+    (tmp_path / "wrong.py").write_text(edit.format("c.model = {'hidden': '16'}"))
+    (tmp_path / "typo.py").write_text(edit.format("c.model = {'hiden': 16}"))
+    (tmp_path / "rules.py").write_text(edit.format("c.mesh = {'rules': (('kernel', ('fsdp', 3)),)}"))
+    (tmp_path / "lacking.py").write_text(edit.format("del c.optim['name']"))
+    assert message in refusal(TRAIN, *config)
+
+
+def test_a_workdir_that_is_a_file_or_holds_other_things_is_refused(refusal, tmp_path):
+    (tmp_path / "file").write_text("dear")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("dear")
+    assert "file is a file" in refusal(TRAIN, f"--config={TOY}", "--workdir=file")
+    assert "cannot write to file/run: Not a directory" in refusal(TRAIN, f"--config={TOY}", "--workdir=file/run")
+    assert "folder is not empty and is no run" in refusal(TRAIN, f"--config={TOY}", "--workdir=folder")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="nothing is read-only for root")
+def test_a_read_only_place_is_refused(refusal, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "cannot write to locked/run" in refusal(TRAIN, f"--config={TOY}", "--workdir=locked/run")
+
+
+def test_a_run_of_another_config_is_refused_with_the_differences(refusal, trained):
+    message = refusal(TRAIN, f"--config={TOY}", f"--workdir={trained}", "--config.model.hidden=8")
+    assert message.splitlines()[1:] == ["         model.hidden   16 -> 8"]
+
+
+def test_a_stage_whose_predecessor_is_missing_names_it(refusal):
+    message = refusal(TRAIN, "--config=vqvae2_photos:tiny", "--stage=top", "--workdir=run")
+    assert "stage 'top' needs 'autoencoder', which is not complete in run" in message
+    assert "--stage=autoencoder first" in message
+
+
+@pytest.mark.parametrize("script", [EVALUATE, SAMPLE])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--workdir is missing"),
+        (["--workdir=none"], "there is no run folder none"),
+        (["--workdir=."], "is no run: it has no config.json"),
+        (["--workdir=.", "--sede=1"], "sede"),
+        (["--workdir=.", "here"], "unexpected argument 'here'"),
+    ],
+)
+def test_evaluation_and_sampling_refuse_what_is_no_run(refusal, script, flags, message):
+    assert message in refusal(script, *flags)
+
+
+def test_a_run_that_is_not_trained_yet_can_be_neither_evaluated_nor_sampled(refusal, toy_config, tmp_path):
+    cli.run_lib.create(cli.run_lib.check(tmp_path / "run", toy_config()))
+    assert "no stage of run is complete; finish its training first" in refusal(EVALUATE, "--workdir=run")
+    assert "stage 'model' of run has no checkpoint yet; train it first" in refusal(SAMPLE, "--workdir=run")
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [(EVALUATE, "--split=test"), (SAMPLE, "--num=0"), (SAMPLE, "--temperature=-1"), (SAMPLE, "--seed=one")],
+)
+def test_flags_out_of_range_are_named(refusal, trained, script, flag):
+    assert flag.partition("=")[0].removeprefix("--") in refusal(script, f"--workdir={trained}", flag)
+
+
+def test_results_that_cannot_be_written_are_an_input_error(call, trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = call(SAMPLE, f"--workdir={trained}", f"--out={tmp_path / 'file'}")
+    assert code == 2
+    assert err.startswith(f"error: cannot write to {tmp_path / 'file'}")
+
+
+def test_the_traceback_is_there_for_those_who_ask(call, tmp_path):
+    code, _, err = call(TRAIN, f"--config={tmp_path / 'none.py'}", "--traceback")
+    assert code == 2
+    assert err.startswith("Traceback (most recent call last)")
+    assert err.splitlines()[-1].startswith("error: there is no config")
+
+
+def test_training_that_stays_non_finite_exits_with_4(call, tmp_path):
+    flags = ["--config.model.nan_from=2", "--config.train.max_non_finite=2", f"--workdir={tmp_path / 'run'}"]
+    code, _, err = call(TRAIN, f"--config={TOY}", *flags)
+    assert code == 4
+    assert err.splitlines()[-1].startswith("error: loss or gradients were not finite for 2 steps in a row")
+    assert "Traceback" not in err
+
+
+def test_a_defect_of_ours_keeps_its_traceback(call, trained, monkeypatch):
+    monkeypatch.setattr(cli.trainer, "evaluate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(EVALUATE, f"--workdir={trained}")
+
+
+@pytest.mark.parametrize("script", [TRAIN, EVALUATE, SAMPLE])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_one_screen_and_names_the_flags(call, script, flag):
+    code, out, err = call(script, flag, "--workdir=none")
+    assert (code, err) == (0, "")
+    assert 1 <= len(out.splitlines()) <= 24
+    assert max(map(len, out.splitlines())) <= 120
+    known = {TRAIN: ["config", "workdir", "stage"], EVALUATE: ["workdir", "split"]}
+    for name in known.get(script, ["workdir", "num", "seed", "temperature", "label", "out"]):
+        assert f"--{name}" in out
+
+
+@pytest.mark.parametrize("name", ["vqvae2_photos", "configs/vqvae2_photos.py", str(ROOT / "configs/vqvae2_photos.py")])
+def test_a_config_is_found_by_its_name_and_by_its_path(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # an installed package has no checkout to stand in
+    assert cli.find_config(name).samefile(ROOT / "configs" / "vqvae2_photos.py")
+    assert cli.load_config(f"{name}:tiny").autoencoder.train.steps < cli.load_config(name).autoencoder.train.steps
+
+
+def test_a_file_of_ones_own_comes_before_the_config_of_the_same_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vqvae2_photos.py").write_text("def get_config(variant): return 'mine'")
+    assert cli.load_config("vqvae2_photos.py") == "mine"
+    assert cli.load_config("vqvae2_photos").family == "vqvae2"
+
+
+def test_the_default_workdir_is_named_after_config_and_variant(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(cli.trainer, "train", lambda config, workdir, stage: asked.append((workdir, stage)))
+    call(TRAIN, f"--config={TOY}")
+    call(TRAIN, "--config", "vqvae2_photos:tiny", "--stage=top")
+    call(TRAIN, "--config=vqvae2_photos:tiny", "--workdir=here")
+    assert asked == [("runs/toy-base", ""), ("runs/vqvae2_photos-tiny", "top"), ("here", "")]
+
+
+def test_flags_reach_the_config_whether_the_file_names_their_key_or_not(call, monkeypatch):
+    configs = []
+    monkeypatch.setattr(cli.trainer, "train", lambda config, *_: configs.append(cli.run_lib.parse(config)[1]))
+    flags = ["--config.seed=9", "--config.train.skip_norm=5", "--config.optim.b1=0.5", "--config.mesh.rules=()"]
+    assert call(TRAIN, f"--config={TOY}", *flags)[0] == 0
+    [config] = configs
+    assert (config.seed, config.train.skip_norm, config.optim.b1, config.mesh.rules) == (9, 5.0, 0.5, ())
+
+
+def test_evaluation_prints_and_writes_the_same_figures(call, trained):
+    code, out, _ = call(EVALUATE, f"--workdir={trained}")
+    written = json.loads((trained / "evaluation.json").read_text())
+    assert code == 0
+    assert (written["split"], written["model"]["images"], written["model"]["step"]) == ("evaluation", 360, 12)
+    assert f"{written['bits_per_dim']:.6g}" in out
+    code, _, _ = call(EVALUATE, f"--workdir={trained}", "--split=train")
+    assert json.loads((trained / "evaluation.json").read_text())["model"]["images"] == 1437
+
+
+def samples(call, trained, folder, *flags):
+    code, _, _ = call(SAMPLE, f"--workdir={trained}", f"--out={folder}", *flags)
+    assert code == 0
+    return folder
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(call, trained, tmp_path):
+    first, again, other = (
+        samples(call, trained, tmp_path / name, f"--seed={seed}") for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    )
+    for name in ("samples.npy", "samples.png"):
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+        assert (first / name).read_bytes() != (other / name).read_bytes()
+
+
+def test_a_sample_does_not_depend_on_how_many_are_drawn(call, trained, tmp_path):
+    few, many = (np.load(samples(call, trained, tmp_path / str(n), f"--num={n}") / "samples.npy") for n in (3, 20))
+    np.testing.assert_array_equal(few, many[:3])
+    assert len(np.unique(many.reshape(20, -1), axis=0)) == 20
+
+
+def test_samples_are_written_as_array_picture_and_record(call, trained, tmp_path):
+    folder = samples(call, trained, tmp_path, "--num=5", "--seed=7", "--temperature=0.5")
+    array = np.load(folder / "samples.npy", allow_pickle=False)
+    assert (array.dtype, array.shape) == (np.uint8, (5, 8, 8, 1))
+    record = json.loads((folder / "sampling.json").read_text())
+    assert (record["num"], record["seed"], record["temperature"], record["network_calls"]) == (5, 7, 0.5, 1)
+    with PIL.Image.open(folder / "samples.png") as picture:
+        assert picture.mode == "RGB"
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "sample.py"])
+def test_the_scripts_themselves_end_with_the_code_and_one_message(script, tmp_path):
+    flags = ["--config=none"] if script == "train.py" else ["--workdir=none"]
+    done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: there is no ")
