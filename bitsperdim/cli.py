@@ -11,7 +11,7 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -69,7 +69,8 @@ def _evaluate(argv: list[str]) -> None:
     run = run_lib.open_run(_required(values, "workdir"))
     measured = trainer.evaluate(run, values.split)
     path = run.workdir / "evaluation.json"
-    run_lib.write_json(path, measured)
+    with _writing_to(run.workdir):
+        run_lib.write_json(path, measured)
     print(metrics.table(list(config_lib.flatten(measured)), ("figure", "value")))
     print(f"written to {path}")
 
@@ -89,12 +90,14 @@ def _sample(argv: list[str]) -> None:
     pictures, measured = draw(jax.random.key(values.seed), values.num, values.temperature, values.label)
     seconds = time.perf_counter() - start
     folder = epath.Path(values.out) if values.out else run.workdir
-    folder.mkdir(parents=True, exist_ok=True)
-    images.save_png(folder / "samples.png", images.grid(pictures))
-    with (folder / "samples.npy").open("wb") as file:
-        np.save(file, pictures)
     about = {"num": values.num, "seed": values.seed, "temperature": values.temperature, "label": values.label}
-    run_lib.write_json(folder / "sampling.json", {**about, "seconds_with_compilation": round(seconds, 3), **measured})
+    about |= {"seconds_with_compilation": round(seconds, 3), **measured}
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        images.save_png(folder / "samples.png", images.grid(pictures))
+        with (folder / "samples.npy").open("wb") as file:
+            np.save(file, pictures)
+        run_lib.write_json(folder / "sampling.json", about)
     print(f"{values.num} samples in {seconds:.1f} s (compilation included): {folder / 'samples.png'}")
 
 
@@ -124,9 +127,12 @@ def load_config(name: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config(variant)
+        values = module.get_config(variant)
     except Exception as error:
         raise InputError(f"{path} could not be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(values, ConfigDict):
+        raise InputError(f"get_config in {path} must return a ConfigDict, not {values!r}")
+    return values
 
 
 def _pop_config(argv: list[str]) -> tuple[str, list[str]]:
@@ -160,6 +166,14 @@ def _parse(values: flags.FlagValues, argv: list[str]) -> None:
         raise InputError(str(error)) from error
     if len(rest) > 1:
         raise InputError(f"unexpected argument '{rest[1]}'; flags are written --name=value")
+
+
+@contextlib.contextmanager
+def _writing_to(folder: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def _required(values: flags.FlagValues, name: str) -> Any:

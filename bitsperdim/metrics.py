@@ -194,11 +194,16 @@ def counting(what: str, total: int, stream: TextIO | None = None) -> Callable[[i
 
 def progress_line(step: int, steps: int, values: Mapping[str, float], rate: Rate, unit: str = "step") -> str:
     """Step, figures to four digits, speed and time left; the last two only where they are known."""
-    parts = [f"{unit} {step}/{steps}", *(f"{key} {value:.4g}" for key, value in values.items())]
+    parts = [f"{unit} {step}/{steps}", *([shown(values)] if values else [])]
     if math.isfinite(rate.images_per_second):
         parts.append(f"{rate.images_per_second:,.{0 if rate.images_per_second >= 10 else 2}f} images/s")
         parts.append(f"ETA {duration((steps - step) * rate.seconds_per_step)}")
     return "  ".join(parts)
+
+
+def shown(values: Mapping[str, float]) -> str:
+    """`mse 0.01234  used_codes 512`: four digits, and counts in full."""
+    return "  ".join(f"{key} {value if isinstance(value, int) else f'{value:.4g}'}" for key, value in values.items())
 
 
 def bar(share: float, width: int = 20) -> str:

@@ -9,12 +9,15 @@ Not here: what is inside a checkpoint (`checkpoint.py`), and what a stage does (
 
 import importlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
+import sys
 import types
+import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 from etils import epath
@@ -33,12 +36,18 @@ FREE_KEYS = frozenset(
 
 
 class Run(NamedTuple):
+    """A run folder, its config, and the family whose stages are trained in it."""
+
     workdir: epath.Path
     config: Any  # the family's Config
     family: types.ModuleType
 
     def folder(self, stage: str) -> epath.Path:
         return self.workdir / stage
+
+    def seed(self, stage: str) -> int:
+        """Each stage has its own seed, so that priors do not share their batches' order or noise."""
+        return zlib.crc32(f"{self.config.seed}/{stage}".encode())
 
     def stages(self) -> tuple[Stage, ...]:
         return self.family.stages(self.config)
@@ -178,3 +187,8 @@ def write_json(path: epath.Path, values: Any) -> None:
     """Atomically: a killed process leaves the old file or the new one. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def stream() -> TextIO:
+    """Where a run speaks to people: stderr of the first host; the others write into the void."""
+    return sys.stderr if jax.process_index() == 0 else io.StringIO()

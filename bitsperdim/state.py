@@ -44,7 +44,9 @@ def abstract(
 def create(model: Model, optimizer: optax.GradientTransformation, key: Key[Array, ""], like: PyTree) -> PyTree:
     """The initial state, each part computed where `like` (from `abstract`) places it."""
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return jax.jit(lambda: initial(model, optimizer, key), out_shardings=places)()
+    # A program that runs once: XLA's CPU backend would spend some five times longer on making it fast.
+    options = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
+    return jax.jit(lambda: initial(model, optimizer, key), out_shardings=places, compiler_options=options)()
 
 
 def num_params(state: PyTree) -> int:

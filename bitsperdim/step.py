@@ -36,6 +36,7 @@ class TrainConfig:
     pictures_every: int = 1000
     save_every: int = 1000
     keep_checkpoints: int = 2
+    best_metric: str = ""  # evaluation figure, smaller is better, whose best step is kept too and used after training
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -46,6 +47,11 @@ class TrainConfig:
                 raise ValueError(f"{field.name} must be positive, or 0 for none, not {value}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), not {self.ema_decay}")
+        if self.best_metric and self.save_every % self.evaluate_every:
+            raise ValueError(
+                f"save_every must be a multiple of evaluate_every={self.evaluate_every} where best_metric is set, "
+                f"not {self.save_every}"
+            )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size must be divisible by accumulation, not {self.batch_size} by {self.accumulation}"

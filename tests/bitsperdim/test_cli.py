@@ -105,22 +105,20 @@ def test_training_refuses_in_one_message_and_leaves_no_folder(refusal, flags, me
         (["--config=typo.py"], "unknown key 'model.hiden' in --config; did you mean 'model.hidden'?"),
         (["--config=rules.py"], "'mesh.rules[0][1][1]' must be of type str, not int (3)"),
         (["--config=lacking.py"], "the config lacks the key 'optim.name'"),
-        (["--config=nothing.py"], "nothing.py"),
+        (["--config=nothing.py"], "get_config in nothing.py must return a ConfigDict, not None"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_named_with_what_is_wrong(refusal, tmp_path, config, message):
-    edit = (
-        TOY.read_text()
-        + "\nplain = get_config\ndef get_config(variant=''):\n    c = plain(variant)\n    {}\n    return c\n"
-    )
+    plain = TOY.read_text().replace("def get_config", "def plain")
+    edit = lambda line: f"{plain}\ndef get_config(_):\n    c = plain()\n    {line}\n    return c\n"
     (tmp_path / "broken.py").write_text("1 / 0")
     (tmp_path / "syntax.py").write_text("def get_config(:")
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "nothing.py").write_text("def get_config(variant): return None")
-    (tmp_path / "wrong.py").write_text(edit.format("c.model = {'hidden': '16'}"))
-    (tmp_path / "typo.py").write_text(edit.format("c.model = {'hiden': 16}"))
-    (tmp_path / "rules.py").write_text(edit.format("c.mesh = {'rules': (('kernel', ('fsdp', 3)),)}"))
-    (tmp_path / "lacking.py").write_text(edit.format("del c.optim['name']"))
+    (tmp_path / "wrong.py").write_text(edit("c.model = {'hidden': '16'}"))
+    (tmp_path / "typo.py").write_text(edit("c.model = {'hiden': 16}"))
+    (tmp_path / "rules.py").write_text(edit("c.mesh = {'rules': (('kernel', ('fsdp', 3)),)}"))
+    (tmp_path / "lacking.py").write_text(edit("del c.optim['name']"))
     assert message in refusal(TRAIN, *config)
 
 
@@ -228,8 +226,9 @@ def test_a_config_is_found_by_its_name_and_by_its_path(name, monkeypatch, tmp_pa
 
 def test_a_file_of_ones_own_comes_before_the_config_of_the_same_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "vqvae2_photos.py").write_text("def get_config(variant): return 'mine'")
-    assert cli.load_config("vqvae2_photos.py") == "mine"
+    mine = "from ml_collections import ConfigDict\nget_config = lambda variant: ConfigDict({'family': 'mine'})"
+    (tmp_path / "vqvae2_photos.py").write_text(mine)
+    assert cli.load_config("vqvae2_photos.py").family == "mine"
     assert cli.load_config("vqvae2_photos").family == "vqvae2"
 
 

@@ -1,0 +1,112 @@
+"""What is seen of a stage while it trains: log lines, `metrics.jsonl`, evaluation on held-out data, pictures.
+
+It reads the state and changes nothing. Not here: the loop that calls it (`trainer.py`), how lines and bars are written
+(`metrics.py`).
+"""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from bitsperdim import evaluation, images, metrics, rng
+from bitsperdim import run as run_lib
+from bitsperdim import step as step_lib
+from bitsperdim.errors import InputError, NonFiniteError
+from bitsperdim.model import Model, Stage
+from bitsperdim.run import Run
+
+
+class Observer:
+    """Call `open` when the first step is known, `after_step` after each, `close` at the end."""
+
+    def __init__(self, run: Run, stage: Stage, model: Model, mesh: Mesh) -> None:
+        assert stage.settings and stage.source and stage.pictures
+        self._config, self._model, self._mesh = stage.settings, model, mesh
+        self._folder = run.folder(stage.name)
+        self._source = stage.source(run, "evaluation")
+        self._pictures = stage.pictures(run, mesh)
+        self._key = rng.for_purpose(jax.random.key(run.seed(stage.name)), "evaluation")
+        self._measure = evaluation.compiled(model, mesh)
+        self._writer: metrics.Writer | None = None
+        self._console = metrics.Console(self._config.steps, run_lib.stream())
+        self._throughput = metrics.Throughput(self._config.batch_size)
+        self._window: list[step_lib.Report] = []
+        self._compiled = False
+
+    def open(self, start: int) -> None:
+        """Makes the stage's metrics file, or goes on with it after step `start`."""
+        if jax.process_index() == 0:
+            self._writer = metrics.Writer(self._folder, start)
+
+    def after_step(self, done: int, state: PyTree, report: step_lib.Report) -> dict[str, float]:
+        """Logs, evaluates and draws when it is time to; returns the figures of this step's evaluation, or none."""
+        config, last = self._config, done == self._config.steps
+        self._window.append(report)
+        if not self._compiled:
+            jax.block_until_ready(report)
+            self._throughput.restart(done)
+            self._compiled = True
+        if done % config.log_every == 0 or last:
+            self._log(done)
+        evaluates, draws = done % config.evaluate_every == 0 or last, done % config.pictures_every == 0 or last
+        figures = self._evaluate(done, state) if evaluates else {}
+        if draws:
+            self._draw(done, state)
+        if evaluates or draws:
+            self._throughput.restart(done)
+        return figures
+
+    def message(self, text: str) -> None:
+        self._console.message(text)
+
+    def close(self) -> None:
+        self._console.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _log(self, done: int) -> None:
+        # Averages over every step since the last log, fetched at once: a fetch per step would stall the device.
+        window = jax.device_get(self._window)
+        self._window = []
+        means = jax.tree.map(lambda *values: float(np.mean(values)), *[report.parts for report in window])
+        tallies = jax.tree.map(lambda *values: np.sum(values, axis=0), *[report.tallies for report in window])
+        figures = {name: float(value) for name, value in window[-1].figures.items()}
+        rate = self._throughput.read(done)
+        summary = self._model.summarize(means, tallies)
+        self._console.progress(done, {name: summary[name] for name in list(summary)[:2]}, rate)
+        self._write(done, "train", {**summary, **figures, "images_per_second": rate.images_per_second})
+        bad = int(figures["non_finite_in_a_row"])
+        if bad >= self._config.max_non_finite:
+            raise NonFiniteError(
+                f"loss or gradients were not finite for {bad} steps in a row, up to step {done:,}; lower the learning "
+                f"rate or set clip_norm, and start in a new --workdir (the checkpoints in {self._folder} are finite)"
+            )
+
+    def _evaluate(self, done: int, state: PyTree) -> dict[str, float]:
+        figures = evaluation.evaluate(
+            self._model,
+            self._measure,
+            state["ema"],
+            state["extra"],
+            self._source,
+            self._config.batch_size,
+            self._mesh,
+            self._key,
+        )
+        best = self._config.best_metric
+        if best and best not in figures:
+            raise InputError(f"best_metric '{best}' is no figure of the evaluation; there are {', '.join(figures)}")
+        self._write(done, "evaluation", figures)
+        shown = {name: value for name, value in figures.items() if not name.endswith("_standard_error")}
+        self._console.message(f"  evaluation at step {done}: {metrics.shown(shown)}")
+        return figures
+
+    def _draw(self, done: int, state: PyTree) -> None:
+        for name, picture in self._pictures(state["ema"], state["extra"], self._key).items():
+            if jax.process_index() == 0:
+                images.save_png(self._folder / "images" / f"{name}-{done:08d}.png", picture)
+
+    def _write(self, done: int, kind: str, figures: dict[str, float]) -> None:
+        if self._writer is not None:
+            self._writer.write(done, kind, figures)

@@ -1,0 +1,267 @@
+"""A whole tiny run of VQ-VAE-2, held against direct calls of its networks and numpy over whole splits."""
+
+import json
+import math
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from bitsperdim import cli, data, optim, sharding, state, trainer
+from bitsperdim import config as config_lib
+from bitsperdim import run as run_lib
+from bitsperdim import step as step_lib
+from bitsperdim.checkpoint import Checkpoints
+from bitsperdim.errors import InputError, Interrupted
+from vqvae2 import autoencoder_stage, chain, codes, facts, prior_stage
+
+NUM_CODES = 32
+GRIDS = {"top": (2, 2), "bottom": (4, 4)}
+
+
+def tiny_config():
+    config = cli.load_config("vqvae2_photos:tiny")
+    config.data.image_size = 16
+    config.codes.batch_size = 250  # divides neither split
+    return config
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(sharding.MeshConfig())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with every stage complete; not to be changed."""
+    return trainer.train(tiny_config(), str(tmp_path_factory.mktemp("vqvae2") / "run"))
+
+
+@pytest.fixture(scope="module")
+def trained(run, mesh):
+    """The Polyak weights and the codebooks."""
+    _, saved = trainer.restore(run, "autoencoder", mesh)
+    return jax.device_get(saved["ema"]), jax.device_get(saved["extra"]["codebooks"])
+
+
+@pytest.fixture
+def autoencoder_only(run, tmp_path):
+    """A copy of the run in which nothing is complete but the autoencoder."""
+    for name in ("config.json", "environment.json"):
+        shutil.copy(run.workdir / name, tmp_path / name)
+    shutil.copytree(run.folder("autoencoder"), tmp_path / "autoencoder")
+    return run_lib.open_run(tmp_path)
+
+
+def pixels(split):
+    """Images of a split in [-1, 1), in order, in double; the middle of each cell of 256 levels."""
+    source = data.open_source(data.DataConfig(source="photos", image_size=16), split)
+    images = source.read(np.arange(source.size))["image"]
+    return (images.astype(np.float64) + 0.5) / 128.0 - 1.0
+
+
+def contents(folder):
+    """Every file below a folder by its path in it."""
+    files = [path for path in sorted(pathlib.Path(folder).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("split", codes.SPLITS)
+def test_codes_are_those_of_a_direct_encode_with_the_polyak_weights_in_the_order_of_the_split(run, trained, split):
+    ema, codebooks = trained
+    net = autoencoder_stage.network(run.config.autoencoder.model, facts.of_run(run))
+    encode = jax.jit(lambda x: net.apply({"params": ema}, x, {k: v.embedding for k, v in codebooks.items()})[1:])
+    x = pixels(split)
+    kept = codes.open_codes(run, split)
+    assert kept.size == len(x)
+    chosen = np.random.default_rng(0).choice(len(x), 400, replace=False)
+    z, quantized = encode(jnp.asarray(x[chosen], jnp.float32))
+    stored = kept.read(chosen)
+    for level, grid in GRIDS.items():
+        assert stored[level].shape == (400, *grid)
+        np.testing.assert_array_equal(stored[level], quantized[level].codes)
+        # And the nearest vectors, by every distance in double.
+        vectors = np.asarray(z[level], np.float64).reshape(-1, 1, 8)
+        distances = np.square(vectors - np.asarray(codebooks[level].embedding, np.float64)).sum(-1)
+        rows = np.arange(len(distances))
+        np.testing.assert_allclose(distances[rows, stored[level].ravel()], distances.min(1), atol=1e-6)
+    assert len(np.unique(stored["bottom"])) > 5  # the comparison is not one of constants
+
+
+def test_the_figures_of_the_run_are_those_of_numpy_over_every_held_out_image(run, trained, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", f"--workdir={run.workdir}"])
+    before = contents(run.workdir)
+    cli.evaluate()
+    found = json.loads((run.workdir / "evaluation.json").read_text())
+    # Evaluating changes nothing but its own file: no codebook, no checkpoint.
+    after = contents(run.workdir)
+    del after["evaluation.json"]
+    assert after == before
+
+    ema, codebooks = trained
+    net = autoencoder_stage.network(run.config.autoencoder.model, facts.of_run(run))
+    x = pixels("evaluation")
+    tables = {level: codebook.embedding for level, codebook in codebooks.items()}
+    stored = codes.open_codes(run, "evaluation").read(np.arange(len(x)))
+    given = {level: jnp.asarray(stored[level]) for level in GRIDS}
+    decoded = np.asarray(jax.jit(lambda given: net.apply({"params": ema}, given, tables, method="decode"))(given))
+    errors = np.square(decoded - x).mean((1, 2, 3))
+
+    measured = found["autoencoder"]
+    assert (found["split"], measured["images"], measured["step"]) == ("evaluation", len(x), 6)
+    assert measured["mse"] == pytest.approx(errors.mean(), rel=1e-5)
+    assert measured["mse_standard_error"] == pytest.approx(errors.std(ddof=1) / math.sqrt(len(x)), rel=1e-4)
+    assert measured["mse_over_variance"] == pytest.approx(errors.mean() / x.var(), rel=1e-4)
+    assert measured["psnr_db"] == pytest.approx(20.0 * math.log10(2.0 / math.sqrt(errors.mean())), rel=1e-5)
+    for level, (height, width) in GRIDS.items():
+        counts = np.bincount(stored[level].ravel(), minlength=NUM_CODES)
+        share = counts[counts > 0] / counts.sum()
+        assert measured[f"used_codes_{level}"] == len(share)
+        assert measured[f"perplexity_codes_{level}"] == pytest.approx(
+            math.exp(-(share * np.log(share)).sum()), rel=1e-4
+        )
+        rate = found[level]["nats_per_code"] * height * width / math.log(2.0)
+        assert found[level]["rate_bits_per_image"] == pytest.approx(rate, rel=1e-9)
+        assert found[f"nats_per_code_{level}"] == found[level]["nats_per_code"]
+    assert found["rate_bits_per_image"] == pytest.approx(
+        found["top"]["rate_bits_per_image"] + found["bottom"]["rate_bits_per_image"], rel=1e-12
+    )
+    assert (found["mse"], found["mse_over_variance"]) == (measured["mse"], measured["mse_over_variance"])
+    assert not [key for key in found if "bits_per_dim" in key]  # a rate and a distortion are no likelihood
+    assert f"{found['rate_bits_per_image']:.6g}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("level", GRIDS)
+def test_an_untrained_prior_with_a_silent_head_pays_the_logarithm_of_the_number_of_codes(run, level):
+    model = prior_stage.make(run, level)
+    generator = np.random.default_rng(0)
+    draw = lambda leaf: generator.standard_normal(leaf.shape, np.float32)
+    params, extra = jax.tree.map(draw, jax.eval_shape(lambda: model.init(jax.random.key(0))))
+    params["network"]["head"] = jax.tree.map(np.zeros_like, params["network"]["head"])
+    batch = codes.open_codes(run, "evaluation").read(np.arange(16)) | {"mask": np.ones(16, bool)}
+    nats = jax.jit(model.measure)(params, extra, batch, jax.random.key(0)).parts["nats_per_code"]
+    np.testing.assert_allclose(nats, math.log(NUM_CODES), rtol=1e-6)
+
+
+def test_the_variance_that_scales_the_loss_is_that_of_the_training_images(run):
+    about = facts.of_run(run)
+    assert about.variance == pytest.approx(pixels("train").var(), rel=0.01)  # of 4,096 of the images
+    assert (about.shape, about.levels, about.num_classes) == ((16, 16, 3), 256, 0)
+
+
+def interrupt_after(batches):
+    """A check for signals that finds one after so many calls."""
+    left = iter(range(batches))
+
+    def check():
+        if next(left, None) is None:
+            raise Interrupted("stopped by SIGTERM")
+
+    return check
+
+
+def test_an_interrupted_extraction_is_never_mistaken_for_codes(run, autoencoder_only, mesh):
+    num_train = -(-len(pixels("train")) // 256)
+    for batches in (0, 3, num_train + 2):  # before the first batch, within the first split, within the second
+        with pytest.raises(Interrupted):
+            codes.extract(autoencoder_only, mesh, interrupt_after(batches))
+        assert not codes.is_extracted(autoencoder_only)
+        with pytest.raises(InputError, match=r"stage 'top' needs 'codes', which is not complete"):
+            trainer.train(tiny_config(), str(autoencoder_only.workdir), "top")
+    codes.extract(autoencoder_only, mesh, lambda: None)
+    assert codes.is_extracted(autoencoder_only)
+    assert contents(autoencoder_only.folder("codes")) == contents(run.folder("codes"))
+
+
+def test_a_prior_refuses_the_codes_of_another_autoencoder(run, autoencoder_only, mesh):
+    shutil.copytree(run.folder("codes"), autoencoder_only.folder("codes"))
+    assert codes.autoencoder(autoencoder_only, mesh)["step"] == 6
+    stage = autoencoder_only.stage("autoencoder")
+    like = trainer._abstract_state(autoencoder_only, stage, stage.model(autoencoder_only), mesh)
+    with Checkpoints(autoencoder_only.folder("autoencoder") / "checkpoints") as checkpoints:
+        _, saved = checkpoints.restore(like)
+        saved["extra"]["codebooks"]["top"] = jax.tree.map(
+            lambda leaf: leaf.at[(3,) * leaf.ndim].add(1) if leaf.ndim == 2 else leaf,
+            saved["extra"]["codebooks"]["top"],
+        )
+        checkpoints.save(6, saved)
+    with pytest.raises(InputError, match=r"codes was made by another autoencoder .*remove the folders"):
+        trainer.train(tiny_config(), str(autoencoder_only.workdir), "top")
+    assert not autoencoder_only.folder("top").exists()
+
+
+def test_a_sample_depends_on_its_seed_and_not_on_the_number_drawn(run, mesh):
+    sample = chain.sampler(run, mesh)
+    many, _ = sample(jax.random.key(1), 6)
+    few, measured = sample(jax.random.key(1), 2)
+    np.testing.assert_array_equal(few, many[:2])
+    assert len(np.unique(many.reshape(6, -1), axis=0)) == 6
+    assert measured["network_calls_per_batch"] == {"top": 4, "bottom": 16}
+    greedy, _ = sample(jax.random.key(2), 2, temperature=0.0)
+    np.testing.assert_array_equal(greedy[0], greedy[1])  # without noise there is but one sample
+
+
+def test_a_label_is_refused_where_the_priors_know_no_classes(run, mesh):
+    with pytest.raises(InputError, match=r"--label=3, but the priors of .* were trained without classes"):
+        chain.sampler(run, mesh)(jax.random.key(0), 2, label=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"autoencoder.model.strides": (4, 8)}, r"are 16x16, not divisible by the product 32 of .*strides=\(4, 8\)"),
+        ({"autoencoder.model.strides": (3, 2)}, r"autoencoder\.model\.strides must be powers of two, not \(3, 2\)"),
+        ({"autoencoder.model.strides": (4, "2")}, r"'autoencoder\.model\.strides\[1\]' must be of type int, not str"),
+        ({"top.model.activation": "relu"}, r"top\.model\.activation must be 'elu' or 'concat_elu', not 'relu'"),
+        ({"bottom.model.conditioning.norm": "layer"}, r"bottom\.model\.conditioning\.norm must be 'batch'"),
+        ({"bottom.optim.warmup_steps": 6}, "bottom: the cosine schedule starts at update 6"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_written(tmp_path, changes, message):
+    values = config_lib.to_plain(tiny_config().to_dict())
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        section = values
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    with pytest.raises(InputError, match=message):
+        trainer.train(values, str(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def train_autoencoder(num_devices, accumulation):
+    """Codebooks and losses of four steps with flips and revival, on so many devices."""
+    values = config_lib.to_plain(tiny_config().to_dict())
+    values["autoencoder"]["train"]["accumulation"] = accumulation
+    # Every code with less than nine tenths of its share dies, so every step revives many of them.
+    values["autoencoder"]["model"] |= {"revival_threshold": 0.9, "residual_layers": 1}
+    _, config = run_lib.parse(values)
+    source = data.open_source(config.data, "train")
+    about = facts.measure(source, config.autoencoder.model.strides)
+    settings, optim_config = config.autoencoder.train, config.autoencoder.optim
+    model = autoencoder_stage.make(config.autoencoder.model, about, settings.batch_size)
+    devices = jax.devices()[:num_devices]
+    mesh = jax.make_mesh((num_devices, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    optimizer = optim.optimizer(optim_config, settings.steps)
+    like = state.abstract(model, optimizer, jax.random.key(0), mesh, config.mesh)
+    step = step_lib.compiled(model, optim_config, settings, 0, mesh, like)
+    current, losses = state.create(model, optimizer, jax.random.key(0), like), []
+    for index in range(4):
+        batch = data.train_batch(source, 0, index, settings.batch_size, sharding.over_batch(mesh))
+        current, report = step(current, batch)
+        losses.append(float(report.figures["objective"]))
+    return jax.device_get(current["extra"]["codebooks"]), losses
+
+
+def test_eight_devices_and_micro_batches_learn_the_codebooks_of_one_device():
+    codebooks, losses = train_autoencoder(1, accumulation=1)
+    others, other_losses = train_autoencoder(8, accumulation=2)
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-4)
+    for level, codebook in codebooks.items():
+        np.testing.assert_allclose(others[level].ema_counts, codebook.ema_counts, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(others[level].embedding, codebook.embedding, rtol=1e-3, atol=1e-4)
