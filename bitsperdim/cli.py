@@ -85,16 +85,16 @@ def _sample(argv: list[str]) -> None:
     flags.DEFINE_float("temperature", 1.0, "Of the priors; 0 is greedy.", lower_bound=0.0, flag_values=values)
     _parse(values, argv)
     run = run_lib.open_run(_required(values, "workdir"))
-    draw = run.family.sampler(run, sharding.make_mesh(run.config.mesh))
+    loaded = run.family.load(run, sharding.make_mesh(run.config.mesh))
     start = time.perf_counter()
-    pictures, measured = draw(jax.random.key(values.seed), values.num, values.temperature, values.label)
+    pictures = loaded.sample(jax.random.key(values.seed), values.num, values.temperature, values.label)
     seconds = time.perf_counter() - start
     folder = epath.Path(values.out) if values.out else run.workdir
     about = {"num": values.num, "seed": values.seed, "temperature": values.temperature, "label": values.label}
-    about |= {"seconds_with_compilation": round(seconds, 3), **measured}
+    about |= {"seconds_with_compilation": round(seconds, 3), **loaded.describe_sampling(values.num)}
     with _writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        images.save_png(folder / "samples.png", images.grid(pictures))
+        images.save_png(folder / "samples.png", images.grid(pictures, levels=loaded.levels))
         with (folder / "samples.npy").open("wb") as file:
             np.save(file, pictures)
         run_lib.write_json(folder / "sampling.json", about)

@@ -5,7 +5,7 @@ A family is a module (named by the config's `family`) that exports
     Config                            the frozen dataclass that its configs are unpacked into
     stages(config) -> tuple[Stage]    in the order in which they depend on each other
     report(config, measured)          the figures of a whole run, from those of its stages
-    sampler(run, mesh)                sample(key, count, options) -> (uint8 images, what was measured)
+    load(run, mesh) -> Loaded         what can be done with a trained run
 
 Not here: how a stage is trained (`trainer.py`) and how a step is compiled (`step.py`).
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 if TYPE_CHECKING:
     from bitsperdim.data import Source
@@ -55,7 +55,7 @@ class Stage(NamedTuple):
     """One part of a run. Either trained (`model` to `settings`) or extracted (`extract`, `is_extracted`).
 
     The functions are called when the stages named in `needs` are complete, and only those that are needed: sampling
-    opens no data set.
+    opens no data set. `model` alone is called at the start too, so that it can refuse what cannot be built.
     """
 
     name: str
@@ -68,3 +68,22 @@ class Stage(NamedTuple):
     settings: "TrainConfig | None" = None
     extract: Callable[["Run", Mesh, Callable[[], None]], None] | None = None  # the last one raises after a signal
     is_extracted: Callable[["Run"], bool] | None = None
+
+
+class Loaded(NamedTuple):
+    """A trained run with its Polyak weights, as functions. Images are levels, uint8 [n, h, w, c].
+
+    A function that the family cannot offer raises `InputError` with the reason; so does one whose stage is not trained.
+    """
+
+    config: Any
+    levels: int  # images hold 0 ... levels - 1
+    # (images, key, samples) -> nats per image, a bound with that many samples where it is one
+    log_prob: Callable[..., Float[np.ndarray, " n"]]
+    # (key, n, temperature, label) -> images
+    sample: Callable[..., UInt8[np.ndarray, "n h w c"]]
+    encode: Callable[[UInt8[np.ndarray, "n h w c"]], PyTree]
+    decode: Callable[[PyTree], UInt8[np.ndarray, "n h w c"]]
+    reconstruct: Callable[[UInt8[np.ndarray, "n h w c"]], UInt8[np.ndarray, "n h w c"]]
+    # network calls and the like, for sample.py
+    describe_sampling: Callable[[int], dict[str, Any]]

@@ -90,7 +90,7 @@ def check(workdir: str | os.PathLike[str], values: ConfigDict | Mapping[str, Any
     folder = epath.Path(workdir)
     run = Run(folder, config, family)
     if (folder / "config.json").exists():
-        _refuse_differences(_read(folder), run)
+        _refuse_differences(read_json(folder / "config.json"), run)
     elif folder.is_file():
         raise InputError(f"{folder} is a file, not a folder; use a new --workdir")
     elif folder.exists() and any(folder.iterdir()):
@@ -116,7 +116,7 @@ def open_run(workdir: str | os.PathLike[str]) -> Run:
         raise InputError(f"there is no run folder {folder}")
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} is no run: it has no config.json")
-    values = _read(folder)
+    values = read_json(folder / "config.json")
     family, config = parse(values)
     return Run(folder, config, family)
 
@@ -132,7 +132,7 @@ def _note_environment(run: Run) -> list[str]:
         "mesh": config_lib.to_plain(run.config.mesh),
     }
     path = run.workdir / "environment.json"
-    before = json.loads(path.read_text()) if path.exists() else now
+    before = read_json(path) if path.exists() else now
     if jax.process_index() == 0:
         write_json(path, now)
     return [
@@ -172,14 +172,14 @@ def _optim_beside(section: str, config: Any) -> optim.OptimConfig:
     return parent.optim
 
 
-def _read(folder: epath.Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """A file of the run; `InputError` where it is damaged."""
     try:
         values = json.loads(path.read_text())
-        if not isinstance(values, dict):
-            raise ValueError("it holds no sections")
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); restore it, or use a new --workdir") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is damaged (it holds no object); restore it, or use a new --workdir")
     return values
 
 

@@ -36,6 +36,8 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "") 
     chosen = (run.stage(only),) if only else run.stages()
     for stage in chosen:
         _check_schedule(stage)
+        if stage.model is not None:  # what cannot be built should not be found out when its turn comes, hours later
+            stage.model(run)
     mesh = sharding.make_mesh(run.config.mesh)
     for stage in chosen:
         _check_batch_size(stage, mesh)
@@ -136,6 +138,12 @@ def restore(run: Run, name: str, mesh: Mesh) -> tuple[Model, PyTree]:
         restored = checkpoints.restore(like)
     assert restored is not None
     return model, restored[1]
+
+
+def restored_step(run: Run, name: str) -> int:
+    """The step that `restore` gives, as far as it can be told without reading it; 0 where there is none."""
+    with _checkpoints(run, run.stage(name)) as checkpoints:
+        return checkpoints.best_step() or max(checkpoints.steps(), default=0)
 
 
 def _checkpoints(run: Run, stage: Stage) -> Checkpoints:

@@ -3,8 +3,8 @@
 Source: Razavi, van den Oord & Vinyals 2019, Generating Diverse High-Fidelity Images with VQ-VAE-2.
 """
 
-from vqvae2.chain import sampler
+from vqvae2.chain import load
 from vqvae2.config import Config
 from vqvae2.stages import report, stages
 
-__all__ = ["Config", "report", "sampler", "stages"]
+__all__ = ["Config", "load", "report", "stages"]

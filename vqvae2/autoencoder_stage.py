@@ -5,13 +5,16 @@ Not here: the networks (`autoencoder.py`) and the quantiser (`quantizer.py`).
 """
 
 import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree, UInt8
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from bitsperdim import augment, data, dequantize, images, rng
+from bitsperdim.errors import InputError
 from bitsperdim.model import Aux, Batch, Model, Pictures, Stage
 from bitsperdim.run import Run
 from vqvae2 import facts as facts_lib
@@ -128,21 +131,63 @@ def _summarize(parts: dict[str, float], tallies: dict[str, np.ndarray]) -> dict[
     return figures
 
 
-def _pictures(run: Run, config: Config) -> Pictures:
-    """Held-out images above their reconstructions."""
-    facts, source = facts_lib.of_run(run), data.open_source(config.data, "evaluation")
-    net = network(config.autoencoder.model, facts)
+class Coder(NamedTuple):
+    """An autoencoder's two directions, compiled. Codes: a dict of int32 [n, h, w], by level; images: levels, uint8."""
+
+    encode: Callable[[PyTree, PyTree, UInt8[np.ndarray, "n h w c"]], dict[str, Int[np.ndarray, "n hl wl"]]]
+    # Of levels that are not given the mean vector is taken: the image then shows what the given ones know.
+    decode: Callable[[PyTree, PyTree, Mapping[str, Array | np.ndarray]], UInt8[np.ndarray, "n h w c"]]
+
+
+def coder(run: Run) -> Coder:
+    """Functions of (params, extra, images or codes). They raise InputError for shapes that are not those of the run."""
+    about, config = facts_lib.of_run(run), run.config.autoencoder.model
+    net = network(config, about)
+    grids = about.grids(config.strides, net.levels)
 
     @jax.jit
-    def reconstruct(params: PyTree, extra: PyTree, image: Array) -> Array:
-        x = to_input(image, facts.levels)
-        reconstruction, _, _ = net.apply({"params": params}, x, embeddings(extra["codebooks"]))  # pyright: ignore
-        return to_picture(reconstruction, facts.levels)
+    def encoded(params: PyTree, extra: PyTree, image: Array) -> dict[str, Array]:
+        x = to_input(image, about.levels)
+        return net.apply({"params": params}, x, embeddings(extra["codebooks"]), method="encode")  # pyright: ignore
+
+    @jax.jit
+    def decoded(params: PyTree, extra: PyTree, given: dict[str, Array]) -> Array:
+        codebooks, batch = extra["codebooks"], len(next(iter(given.values())))
+        tables = embeddings(codebooks)
+        for level in [level for level in grids if level not in given]:
+            mean = codebooks[level].ema_sums.sum(0) / codebooks[level].ema_counts.sum()
+            tables[level] = jnp.broadcast_to(mean, tables[level].shape)
+            given = given | {level: jnp.zeros((batch, *grids[level]), jnp.int32)}
+        return to_picture(net.apply({"params": params}, given, tables, method="decode"), about.levels)  # pyright: ignore
+
+    def encode(params, extra, images):
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.shape[1:] != about.shape or images.max(initial=0) >= about.levels:
+            raise InputError(
+                f"images must be uint8 {['n', *about.shape]} with levels below {about.levels}, "
+                f"not {images.dtype} {list(images.shape)} up to {images.max(initial=0)}"
+            )
+        return jax.device_get(encoded(params, extra, images))
+
+    def decode(params, extra, codes):
+        if not codes or not set(codes) <= set(grids):
+            raise InputError(f"codes must be given for one or more of {', '.join(grids)}, not for {list(codes)}")
+        for level, grid in codes.items():
+            if grid.shape[1:] != grids[level]:
+                raise InputError(f"codes of '{level}' must be {['n', *grids[level]]}, not {list(grid.shape)}")
+        return np.asarray(decoded(params, extra, dict(codes)))
+
+    return Coder(encode, decode)
+
+
+def _pictures(run: Run, config: Config) -> Pictures:
+    """Held-out images above their reconstructions."""
+    originals = held_out(data.open_source(config.data, "evaluation"))["image"]
+    code, levels = coder(run), facts_lib.of_run(run).levels
 
     def pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
-        originals = held_out(source)["image"]
-        reconstructions = np.asarray(reconstruct(params, extra, originals))
-        return {"reconstructions": images.pairs(originals, reconstructions, levels=facts.levels)}
+        reconstructions = code.decode(params, extra, code.encode(params, extra, originals))
+        return {"reconstructions": images.pairs(originals, reconstructions, levels=levels)}
 
     return pictures
 

@@ -3,8 +3,9 @@
 Source: Razavi et al. 2019, algorithm 2. Not here: training the parts (`autoencoder_stage.py`, `prior_stage.py`).
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
-from bitsperdim import dequantize, rng, trainer
+from bitsperdim import metrics, rng, trainer
+from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
+from bitsperdim.model import Loaded
 from bitsperdim.run import Run
 from vqvae2 import autoencoder_stage, codes, facts, sampling
 from vqvae2.autoencoder import level_names
@@ -51,6 +54,13 @@ def network(run: Run, name: str) -> Prior:
     shape = config.conditioning
     stack = ConditioningStack(shape.blocks, shape.widths, shape.bottlenecks, shape.norm)
     grid = grids(run)
+    height, width = grid[_above(name)]
+    halvings = len(shape.widths) - 1
+    if height % 2**halvings or width % 2**halvings:
+        raise InputError(
+            f"{name}.model.conditioning.widths={shape.widths} halves the {height}x{width} grid of '{_above(name)}' "
+            f"{halvings} times, which does not divide it; give fewer widths"
+        )
     octaves = (grid[name][0] // grid[_above(name)][0]).bit_length() - 1
     return Prior(pixel_snail, Conditioner(num_codes, config.embedding, stack, octaves))
 
@@ -93,59 +103,70 @@ def draw(run: Run, name: str) -> Draw:
     return sample
 
 
-def decoder(run: Run, state: PyTree) -> Callable[[dict[str, Array]], UInt8[np.ndarray, "b h w c"]]:
-    """Codes of all levels -> pictures, 0 ... 255.
+def load(run: Run, mesh: Mesh) -> Loaded:
+    """What can be done with a trained run. Each stage is restored when it is first needed."""
+    coder = autoencoder_stage.coder(run)
+    autoencoder = functools.cache(lambda: trainer.restore(run, "autoencoder", mesh)[1])
+    chain = functools.cache(lambda: _sampler(run, mesh))
 
-    Of levels that are not given the codes' mean vector is taken: the picture then shows what the given ones know.
-    """
-    about, config = facts.of_run(run), run.config.autoencoder.model
-    net = autoencoder_stage.network(config, about)
+    def encode(images: np.ndarray) -> dict[str, np.ndarray]:
+        return coder.encode(autoencoder()["ema"], autoencoder()["extra"], images)
 
-    @jax.jit
-    def decode(params: PyTree, codebooks: PyTree, given: dict[str, Array]) -> Array:
-        tables = autoencoder_stage.embeddings(codebooks)
-        batch = len(next(iter(given.values())))
-        for level, grid in grids(run).items():
-            if level not in given:
-                mean = codebooks[level].ema_sums.sum(0) / codebooks[level].ema_counts.sum()
-                tables[level] = jnp.broadcast_to(mean, tables[level].shape)
-                given = given | {level: jnp.zeros((batch, *grid), jnp.int32)}
-        x = net.apply({"params": params}, given, tables, method="decode")
-        return autoencoder_stage.to_picture(x, about.levels)  # pyright: ignore
+    def decode(given: dict[str, np.ndarray]) -> np.ndarray:
+        return coder.decode(autoencoder()["ema"], autoencoder()["extra"], given)
 
-    def pictures(given: dict[str, Array]) -> UInt8[np.ndarray, "b h w c"]:
-        return dequantize.to_uint8(np.asarray(decode(state["ema"], state["extra"]["codebooks"], given)), about.levels)
+    def sample(key: Key[Array, ""], n: int, temperature: float = 1.0, label: int | None = None) -> np.ndarray:
+        return chain()(key, n, temperature, label)
 
-    return pictures
+    def log_prob(images: np.ndarray, key: Key[Array, ""] | None = None, samples: int = 1) -> NoReturn:
+        raise InputError(
+            "a VQ-VAE-2 run gives no likelihood of an image: its priors rate the codes of a reconstruction, not the "
+            "image (evaluate.py reports that rate beside the distortion)"
+        )
+
+    return Loaded(
+        config=run.config,
+        levels=facts.of_run(run).levels,
+        log_prob=log_prob,
+        sample=sample,
+        encode=encode,
+        decode=decode,
+        reconstruct=lambda images: decode(encode(images)),
+        describe_sampling=lambda count: {
+            "network_calls_per_batch": {name: height * width for name, (height, width) in grids(run).items()},
+            "batch": min(count, BATCH),
+        },
+    )
 
 
-def sampler(run: Run, mesh: Mesh) -> Callable[..., tuple[UInt8[np.ndarray, "n h w c"], dict[str, Any]]]:
-    """sample(key, count, temperature, label) -> pictures 0 ... 255, and what drawing them took.
+def _sampler(run: Run, mesh: Mesh) -> Callable[..., UInt8[np.ndarray, "n h w c"]]:
+    """sample(key, count, temperature, label) -> images.
 
     Raises InputError where a stage has no checkpoint, or a label does not fit.
     """
     trained = {name: trainer.restore(run, name, mesh)[1] for name in grids(run)}
     draws = {name: draw(run, name) for name in grids(run)}
-    decode = decoder(run, codes.autoencoder(run, mesh))
+    autoencoder, decode = codes.autoencoder(run, mesh), autoencoder_stage.coder(run).decode
 
     def some(keys: Key[Array, " b"], label: Array | None, temperature: float) -> np.ndarray:
         drawn: dict[str, Array] = {}
         for name, state in trained.items():
             above = upper(run, name, drawn)
             drawn[name] = draws[name](state["ema"], state["extra"], keys, above, label, jnp.float32(temperature))
-        return decode(drawn)
+        return decode(autoencoder["ema"], autoencoder["extra"], drawn)
 
-    def sample(key: Key[Array, ""], count: int, temperature: float = 1.0, label: int | None = None):
+    def sample(key: Key[Array, ""], count: int, temperature: float, label: int | None) -> np.ndarray:
         labels = _labels(run, count, label)
-        keys = rng.per_example(key, jnp.arange(count))
-        report = trainer.progress("samples", count)
+        # Whole batches: another size would be another program to compile.
+        size = min(count, BATCH)
+        keys = rng.per_example(key, jnp.arange(-(-count // size) * size))
+        report = metrics.counting("samples", count, run_lib.stream())
         pictures = []
-        for start in range(0, count, BATCH):
-            part = slice(start, min(start + BATCH, count))
-            pictures.append(some(keys[part], None if labels is None else labels[part], temperature))
-            report(part.stop)
-        calls = {name: height * width for name, (height, width) in grids(run).items()}
-        return np.concatenate(pictures), {"network_calls_per_batch": calls, "batch": min(count, BATCH)}
+        for start in range(0, count, size):
+            part = np.arange(start, start + size)
+            pictures.append(some(keys[part], None if labels is None else labels[part % count], temperature))
+            report(min(start + size, count))
+        return np.concatenate(pictures)[:count]
 
     return sample
 

@@ -8,10 +8,8 @@ Source: Razavi et al. 2019, algorithm 2. A prior refuses codes of another autoen
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +62,13 @@ def is_extracted(run: Run) -> bool:
 
 
 def open_codes(run: Run, split: str) -> Source:
-    """The codes of a split as a source: `top` and `bottom` int32 [n, h, w], and `label` where there are labels."""
+    """The codes of a split as a source: `top` and `bottom` int32 [n, h, w], and `label` where there are labels.
+
+    Raises InputError where the autoencoder has been trained further since; `autoencoder` compares the weights too.
+    """
+    info = run_lib.read_json(run.folder("codes") / "info.json")
+    if info["autoencoder_step"] != trainer.restored_step(run, "autoencoder"):
+        raise _of_another(run, info["autoencoder_step"], trainer.restored_step(run, "autoencoder"))
     folder = run.folder("codes") / split
     arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("*.npy"))}
     size, *grid = arrays["bottom"].shape
@@ -88,14 +92,17 @@ def fingerprint(state: PyTree) -> str:
 def autoencoder(run: Run, mesh: Mesh) -> PyTree:
     """The trained autoencoder (`ema`, `extra`); raises InputError where the run's codes were made by another one."""
     _, state = trainer.restore(run, "autoencoder", mesh)
-    info: dict[str, Any] = json.loads((run.folder("codes") / "info.json").read_text())
+    info = run_lib.read_json(run.folder("codes") / "info.json")
     if info["fingerprint"] != fingerprint(state):
-        raise InputError(
-            f"{run.folder('codes')} was made by another autoencoder (at step {info['autoencoder_step']:,}, now "
-            f"{int(state['step']):,}); "
-            f"remove the folders codes, top and bottom in {run.workdir} to train the priors anew"
-        )
+        raise _of_another(run, info["autoencoder_step"], int(state["step"]))
     return state
+
+
+def _of_another(run: Run, then: int, now: int) -> InputError:
+    return InputError(
+        f"{run.folder('codes')} was made by another autoencoder (at step {then:,}, now {now:,}); "
+        f"remove the folders codes, top and bottom in {run.workdir} to train the priors anew"
+    )
 
 
 class _Writer:

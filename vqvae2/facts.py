@@ -1,12 +1,12 @@
 """What the data of a run turned out to be: measured once, kept in the run, so that sampling needs no data set."""
 
 import dataclasses
-import json
 import math
 
 import numpy as np
 
 from bitsperdim import data
+from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.run import Run
 
@@ -36,7 +36,7 @@ def of_run(run: Run) -> Facts:
     """From the autoencoder's folder, or measured from the training images where it has none yet."""
     path = run.folder("autoencoder") / "data.json"
     if path.exists():
-        values = json.loads(path.read_text())
+        values = run_lib.read_json(path)
         return Facts(**{**values, "shape": tuple(values["shape"])})
     return measure(data.open_source(run.config.data, "train"), run.config.autoencoder.model.strides)
 

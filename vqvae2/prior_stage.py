@@ -5,7 +5,10 @@ not a likelihood of the image (supplement, section E).
 Not here: the networks (`prior.py`, `conditioning.py`) and how the levels sample together (`chain.py`).
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +18,7 @@ from jaxtyping import Array, Key, PyTree
 from bitsperdim import images, rng
 from bitsperdim.model import Aux, Batch, Model, Pictures, Stage
 from bitsperdim.run import Run
-from vqvae2 import chain, codes, conditioning
+from vqvae2 import autoencoder_stage, chain, codes, conditioning, facts
 from vqvae2.config import Config
 from vqvae2.prior import nll
 
@@ -103,24 +106,30 @@ def _held_out(run: Run) -> dict[str, np.ndarray]:
 
 def _top_pictures(run: Run, mesh: Mesh) -> Pictures:
     """Sampled top codes, decoded without bottom codes: layout and colour, no detail."""
-    draw, decode, batch = chain.draw(run, "top"), chain.decoder(run, codes.autoencoder(run, mesh)), _held_out(run)
+    draw, decode, batch = chain.draw(run, "top"), _decoder(run, mesh), _held_out(run)
 
     def pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
         sampled = draw(params, extra, _keys(key), (), _labels(run, batch, "top"), jnp.float32(1.0))
-        return {"samples_top_alone": images.grid(decode({"top": sampled}))}
+        return {"samples_top_alone": images.grid(decode({"top": sampled}), levels=facts.of_run(run).levels)}
 
     return pictures
 
 
 def _bottom_pictures(run: Run, mesh: Mesh) -> Pictures:
     """Held-out images as their codes decode, above the same top codes with sampled bottom codes."""
-    draw, decode, batch = chain.draw(run, "bottom"), chain.decoder(run, codes.autoencoder(run, mesh)), _held_out(run)
-    reconstructed = decode({level: jnp.asarray(batch[level]) for level in chain.grids(run)})
+    draw, decode, batch = chain.draw(run, "bottom"), _decoder(run, mesh), _held_out(run)
+    reconstructed = decode({level: batch[level] for level in chain.grids(run)})
 
     def pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
         above = tuple(map(jnp.asarray, chain.upper(run, "bottom", batch)))
         sampled = draw(params, extra, _keys(key), above, _labels(run, batch, "bottom"), jnp.float32(1.0))
-        given = {"top": above[0], "bottom": sampled}
-        return {"samples_given_top": images.pairs(reconstructed, decode(given))}
+        resampled = decode({"top": above[0], "bottom": sampled})
+        return {"samples_given_top": images.pairs(reconstructed, resampled, levels=facts.of_run(run).levels)}
 
     return pictures
+
+
+def _decoder(run: Run, mesh: Mesh) -> Callable[[dict[str, Any]], np.ndarray]:
+    """Codes to images by the autoencoder that the run's codes were made with."""
+    state = codes.autoencoder(run, mesh)
+    return functools.partial(autoencoder_stage.coder(run).decode, state["ema"], state["extra"])

@@ -19,7 +19,8 @@ def report(config: Config, measured: dict[str, Any]) -> dict[str, Any]:
     """The rate of all levels beside the distortion. A rate and a distortion are no likelihood of the image: the bits
     name the reconstruction, not the image itself (supplement, section E)."""
     levels = [name for name in ("top", "bottom") if name in measured]
-    figures: dict[str, Any] = {name: measured["autoencoder"][name] for name in ("mse", "mse_over_variance")}
+    distortion = measured.get("autoencoder", {})
+    figures: dict[str, Any] = {name: distortion[name] for name in ("mse", "mse_over_variance") if name in distortion}
     if len(levels) == 2:
         figures["rate_bits_per_image"] = sum(measured[name]["rate_bits_per_image"] for name in levels)
     return figures | {f"nats_per_code_{name}": measured[name]["nats_per_code"] for name in levels}

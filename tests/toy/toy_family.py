@@ -14,7 +14,8 @@ import numpy as np
 
 from bitsperdim import augment, data, images, likelihood, rng, trainer
 from bitsperdim.data import DataConfig
-from bitsperdim.model import Aux, Model, Stage
+from bitsperdim.errors import InputError
+from bitsperdim.model import Aux, Loaded, Model, Stage
 from bitsperdim.optim import OptimConfig
 from bitsperdim.sharding import MeshConfig
 from bitsperdim.step import TrainConfig
@@ -98,16 +99,28 @@ def make(config):
     return Model(init, loss, measure, summarize, update_extra)
 
 
-def sampler(run, mesh):
+def load(run, mesh):
     _, state = trainer.restore(run, "model", mesh)
     decoder = jax.device_get(state["ema"])["decoder"]
 
-    def sample(key, count, temperature=1.0, label=None):
-        keys = rng.per_example(key, jnp.arange(count))
+    def sample(key, n, temperature=1.0, label=None):
+        keys = rng.per_example(key, jnp.arange(n))
         hidden = temperature * jax.vmap(lambda k: jax.random.normal(k, (run.config.model.hidden,)))(keys)
-        return _to_uint8(run.config, np.asarray(hidden) @ decoder["kernel"] + decoder["bias"]), {"network_calls": 1}
+        return _to_levels(run.config, np.asarray(hidden) @ decoder["kernel"] + decoder["bias"])
 
-    return sample
+    def unsupported(*_):
+        raise InputError("the toy family only samples")
+
+    return Loaded(
+        config=run.config,
+        levels=17,
+        log_prob=unsupported,
+        sample=sample,
+        encode=unsupported,
+        decode=unsupported,
+        reconstruct=unsupported,
+        describe_sampling=lambda count: {"network_calls": 1},
+    )
 
 
 def _num_dims(config):
@@ -118,9 +131,9 @@ def _input(image):
     return image.reshape(len(image), -1) / 16.0
 
 
-def _to_uint8(config, x):
-    return np.clip(255.0 * x, 0, 255).astype(np.uint8).reshape(-1, *data.open_source(config.data, "train").shape)
+def _to_levels(config, x):
+    return np.clip(16.0 * x, 0, 16).astype(np.uint8).reshape(-1, *data.open_source(config.data, "train").shape)
 
 
 def _picture(config, params):
-    return images.grid(_to_uint8(config, np.asarray(params["decoder"]["kernel"])))
+    return images.grid(_to_levels(config, np.asarray(params["decoder"]["kernel"])), levels=17)

@@ -195,19 +195,19 @@ def test_a_prior_refuses_the_codes_of_another_autoencoder(run, autoencoder_only,
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_the_number_drawn(run, mesh):
-    sample = chain.sampler(run, mesh)
-    many, _ = sample(jax.random.key(1), 6)
-    few, measured = sample(jax.random.key(1), 2)
+    loaded = chain.load(run, mesh)
+    many = loaded.sample(jax.random.key(1), 6)
+    few = loaded.sample(jax.random.key(1), 2)
     np.testing.assert_array_equal(few, many[:2])
     assert len(np.unique(many.reshape(6, -1), axis=0)) == 6
-    assert measured["network_calls_per_batch"] == {"top": 4, "bottom": 16}
-    greedy, _ = sample(jax.random.key(2), 2, temperature=0.0)
+    assert loaded.describe_sampling(2)["network_calls_per_batch"] == {"top": 4, "bottom": 16}
+    greedy = loaded.sample(jax.random.key(2), 2, temperature=0.0)
     np.testing.assert_array_equal(greedy[0], greedy[1])  # without noise there is but one sample
 
 
 def test_a_label_is_refused_where_the_priors_know_no_classes(run, mesh):
     with pytest.raises(InputError, match=r"--label=3, but the priors of .* were trained without classes"):
-        chain.sampler(run, mesh)(jax.random.key(0), 2, label=3)
+        chain.load(run, mesh).sample(jax.random.key(0), 2, label=3)
 
 
 @pytest.mark.parametrize(
