@@ -4,12 +4,24 @@ A folder holds `images.npy` (uint8 NHWC), `labels.npy` (int32, where there are l
 under a temporary name beside its place and renamed when complete, so it is whole or absent: of two writers the first to
 finish wins, and a killed writer leaves only a hidden folder that is never read.
 
-Not here: what is decoded, and the name under which it is kept (`tfds_source.py`).
+The cache lies in `data.cache_dir`, else in $BITSPERDIM_CACHE, else in ~/.cache/bitsperdim. Beside the decoded splits
+(height x width x channels bytes an image; CIFAR-10: 146 MiB) it holds small indices of TFRecord shards and of folders.
+Everything in it can be made again, so it may be cleared at any time when no run reads it:
+
+    python -m bitsperdim.cache            lists what is kept, with sizes
+    python -m bitsperdim.cache --clear    removes it
+
+Not here: what is decoded, and the name under which it is kept (`tfds_source.py`, `folder_source.py`); the compiled
+programs that the scripts keep in the same place (`xla`), which are neither listed nor removed.
 """
 
+import argparse
+import contextlib
+import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import uuid
@@ -20,6 +32,9 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from bitsperdim.errors import InputError
+
+# What `entry_name` makes, and the temporary names of a killed writer; nothing else is ever removed.
+ENTRY = re.compile(r"\.?[\w.-]*-[0-9a-f]{12}(\.json)?(-[0-9a-f]{8})?")
 
 
 class Images(NamedTuple):
@@ -37,14 +52,26 @@ class Chunk(NamedTuple):
     labels: Int[np.ndarray, " k"]  # zeros where there are no labels
 
 
+def location(cache_dir: str) -> pathlib.Path:
+    """The folder of the cache: `cache_dir`, or the default where that is ''."""
+    return pathlib.Path(cache_dir or os.environ.get("BITSPERDIM_CACHE") or "~/.cache/bitsperdim").expanduser()
+
+
+def entry_name(title: str, *key: object) -> str:
+    """A name that is readable, and different for every `title` and `key` (of values that JSON can write)."""
+    readable = re.sub(r"[^\w.]+", "-", title, flags=re.ASCII).strip("-.")
+    digest = hashlib.sha256(json.dumps([title, *key]).encode()).hexdigest()
+    return f"{readable[:100] or 'images'}-{digest[:12]}"
+
+
 def load(folder: pathlib.Path) -> Images | None:
     """The cache in `folder`, mapped read-only; None where there is none; `InputError` where it is damaged."""
-    if not (folder / "info.json").exists():
-        return None
     try:
+        if not (folder / "info.json").exists():
+            return None
         num_classes = json.loads((folder / "info.json").read_text())["num_classes"]
-        images = np.load(folder / "images.npy", mmap_mode="r")
-        labels = np.load(folder / "labels.npy") if num_classes else None
+        images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(folder / "labels.npy", allow_pickle=False) if num_classes else None
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"the cache {folder} is damaged ({error}); remove the folder and start again") from error
     return Images(images, labels, num_classes)
@@ -55,7 +82,7 @@ def write(folder: pathlib.Path, title: str, size: int, num_classes: int, chunks:
 
     Nothing is left behind on an error or Ctrl-C. `InputError` where the folder cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    temporary = _temporary(folder)
     try:
         temporary.mkdir(parents=True)
         labels = _write_images(temporary / "images.npy", size, _with_progress(chunks, title, size))
@@ -65,12 +92,35 @@ def write(folder: pathlib.Path, title: str, size: int, num_classes: int, chunks:
         (temporary / "info.json").write_text(json.dumps(info, indent=2) + "\n")
         _rename_or_yield(temporary, folder)
     except OSError as error:
-        raise InputError(
-            f"cannot write the cache of decoded images {folder} ({error.strerror}); "
-            "set data.cache_dir or BITSPERDIM_CACHE to a folder with space"
-        ) from error
+        raise _unwritable(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Makes `content` the content of the file `path`, at once. `InputError` where it cannot be written."""
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+    """Beside `path`, and different for every writer."""
+    return path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def _unwritable(path: pathlib.Path, error: OSError) -> InputError:
+    return InputError(
+        f"cannot write the cache {path} ({error.strerror}); "
+        "set data.cache_dir or BITSPERDIM_CACHE to a folder that can be written and has space"
+    )
 
 
 def _write_images(path: pathlib.Path, size: int, chunks: Iterable[Chunk]) -> Int[np.ndarray, " n"]:
@@ -117,3 +167,52 @@ def _report(stream: TextIO, title: str, before: int, done: int, size: int) -> No
         print(f"\r{line}", end="\n" if done == size else "", file=stream, flush=True)
     elif before * 4 // size != done * 4 // size:
         print(line, file=stream, flush=True)
+
+
+class Entry(NamedTuple):
+    """One thing in the cache."""
+
+    path: pathlib.Path
+    num_bytes: int
+
+
+def entries(folder: pathlib.Path) -> list[Entry]:
+    """What the cache in `folder` holds, by name, remains of killed writers included."""
+    if not folder.is_dir():
+        return []
+    paths = sorted(path for path in folder.iterdir() if ENTRY.fullmatch(path.name))
+    return [Entry(path, sum(file.stat().st_size for file in _files(path))) for path in paths]
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+
+def clear(folder: pathlib.Path) -> None:
+    """Removes the entries of the cache in `folder`, and nothing else that lies there."""
+    for entry in entries(folder):
+        if entry.path.is_dir():
+            shutil.rmtree(entry.path)
+        else:
+            entry.path.unlink()
+
+
+def main() -> int:
+    """Lists the cache and, where asked, clears it."""
+    parser = argparse.ArgumentParser(prog="python -m bitsperdim.cache", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cache_dir", default="", help="default: $BITSPERDIM_CACHE or ~/.cache/bitsperdim")
+    parser.add_argument("--clear", action="store_true", help="remove what is listed")
+    arguments = parser.parse_args()
+    folder = location(arguments.cache_dir)
+    found = entries(folder)
+    for entry in found:
+        print(f"{entry.num_bytes / 2**20:10,.1f} MiB  {entry.path.name}")
+    print(f"{sum(entry.num_bytes for entry in found) / 2**20:10,.1f} MiB  in {folder}")
+    if arguments.clear:
+        clear(folder)
+        print("removed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input, 3 stopped by a signal and saved, 4 training sta
 import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import os
 import pathlib
 import sys
@@ -31,18 +32,44 @@ CONFIG_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 
 def train() -> None:
-    """`train.py --config=NAME[:variant] [--workdir=...] [--stage=...] [--config.key=value]`."""
-    _script(_train)
+    """Trains every stage of a config that is not complete, in order; the same command again goes on.
+
+    python train.py --config=NAME[:VARIANT] [flags]
+
+      --config=NAME[:VARIANT]   an installed config by name, or a file
+      --config.KEY=VALUE        another value for any key, such as --config.data.data_dir=FOLDER
+      --workdir=FOLDER          the run's folder; default runs/NAME-VARIANT
+      --stage=STAGE             this stage alone
+      --init_from=RUN           begin with the weights of another run
+      --traceback               show where an error comes from
+    """
+    _script(_train, train.__doc__)
 
 
 def evaluate() -> None:
-    """`evaluate.py --workdir=RUN [--split=evaluation]`."""
-    _script(_evaluate)
+    """Measures every complete stage of a run over all images of a split; prints a table, writes evaluation.json.
+
+    python evaluate.py --workdir=RUN [flags]
+
+      --split=evaluation        or train
+      --traceback               show where an error comes from
+    """
+    _script(_evaluate, evaluate.__doc__)
 
 
 def sample() -> None:
-    """`sample.py --workdir=RUN [--num=16] [--seed=0] [--temperature=1] [--label=K] [--out=FOLDER]`."""
-    _script(_sample)
+    """Draws pictures from a run; writes samples.png, samples.npy (uint8 levels, NHWC) and sampling.json.
+
+    python sample.py --workdir=RUN [flags]
+
+      --num=16                  number of samples
+      --seed=0                  of the noise; sample i does not depend on --num
+      --temperature=1.0         of the priors; 0 is greedy
+      --label=CLASS             one class; default: all classes in turn
+      --out=FOLDER              for the pictures; default the run's folder
+      --traceback               show where an error comes from
+    """
+    _script(_sample, sample.__doc__)
 
 
 def _train(argv: list[str]) -> None:
@@ -55,8 +82,9 @@ def _train(argv: list[str]) -> None:
     config_flags.DEFINE_config_dict("config", complete, flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", "", "Run folder; default runs/<config>-<variant>.", flag_values=values)
     flags.DEFINE_string("stage", "", "Train this stage alone.", flag_values=values)
+    flags.DEFINE_string("init_from", "", "Run whose weights new stages start with.", flag_values=values)
     _parse(values, argv)
-    trainer.train(values.config, values.workdir or _default_workdir(name), values.stage)
+    trainer.train(values.config, values.workdir or _default_workdir(name), values.stage, values.init_from)
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -182,12 +210,12 @@ def _required(values: flags.FlagValues, name: str) -> Any:
     return values[name].value
 
 
-def _script(main: Callable[[list[str]], None]) -> None:
+def _script(main: Callable[[list[str]], None], help_text: str | None) -> None:
     """Runs a script's body; ends the process with the exit code of what happened."""
-    argv = [argument for argument in sys.argv if argument not in ("--traceback", "--help", "-h")]
-    if len(argv) < len(sys.argv) and "--traceback" not in sys.argv:
-        print(main.__globals__[main.__name__.removeprefix("_")].__doc__.replace("`", ""))
+    if {"--help", "-h"} & set(sys.argv):
+        print(inspect.cleandoc(help_text or ""))
         sys.exit(0)
+    argv = [argument for argument in sys.argv if argument != "--traceback"]
     _use_compilation_cache()
     try:
         main(argv)

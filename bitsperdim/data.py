@@ -3,42 +3,65 @@
 There is no iterator state: a resumed run asks for batch(step) and gets what the unbroken run got, and each host reads
 only the rows of its own devices. Images cross to the device as uint8.
 
-Not here: the sources themselves (`sources.py`, `tfds_source.py`), noise and scaling (`dequantize.py`), and what is done
-to images on the device (`augment.py`).
+Not here: the sources themselves (`sources.py`, `tfds_source.py`, `folder_source.py`), noise and scaling
+(`dequantize.py`), and what is done to images on the device (`augment.py`).
 """
 
 import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Int
+from jaxtyping import Int, UInt64
 
-from bitsperdim import sources
+from bitsperdim import cache, decode, encoded, sources
+from bitsperdim.decode import Preparation
+from bitsperdim.encoded import Storage
 from bitsperdim.errors import InputError
+from bitsperdim.folder_source import Folder, open_folder
 from bitsperdim.sources import Source
 from bitsperdim.tfds_source import open_tfds, parse_name
 
 T = TypeVar("T")
-SOURCES = ("photos", "digits", "synthetic", "tfds")
+SOURCES = ("photos", "digits", "synthetic", "tfds", "folder")
+DRAWS = 2**64 - 1  # beside the seed in the key of random words; permutations have their epoch there
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which images a run sees. The keys `synthetic_*` describe the source 'synthetic' and nothing else."""
+    """Which images a run sees, and how they are brought to one size.
 
-    source: str  # 'photos' | 'digits' | 'synthetic' | 'tfds'
+    The keys `synthetic_*` describe the source 'synthetic' and nothing else; `path` to `skip_unreadable` the source
+    'folder'; `image_height` to `cache_limit_gib` the sources 'folder' and 'tfds'.
+    """
+
+    source: str  # 'photos' | 'digits' | 'synthetic' | 'tfds' | 'folder'
     name: str = ""  # TFDS: 'cifar10', 'celeb_a_hq/64', 'cifar10:3.0.2'
     data_dir: str = ""  # '' -> $TFDS_DATA_DIR or ~/tensorflow_datasets
     train_split: str = "train"  # TFDS: sub-splits such as 'train[:90%]' work
     evaluation_split: str = "test"
-    image_size: int = 0  # photos, synthetic: edge of the image; else 0 (as stored) or the stored size
+    path: str = ""  # folder of images
+    evaluation_path: str = ""  # '': a part of `path`, chosen by the names of the files
+    evaluation_fraction: float = 0.1  # of the images in `path`, where there is no evaluation_path
+    skip_unreadable: bool = False  # leave out broken files, and list them
+    labels: bool = False  # folder: classes from sub-folders; others: refuse a data set without labels
+    image_size: int = 0  # edge of the image; 0 (as stored, all alike) is for digits, TFDS and folders
+    image_height: int = 0  # both instead of image_size, where the image is not square
+    image_width: int = 0
+    channels: int = 0  # 1 (grey) | 3 (colour); 0: what a TFDS data set declares, 3 for a folder
+    resize: str = "cover"  # 'cover': shrink until the image just covers the target | 'none': crop pixels as stored
+    resampling: str = "lanczos"  # | 'area': means of pixel blocks
+    train_crop: str = "centre"  # | 'random': another window in every epoch; evaluation is always at the centre
+    upscale: bool = False  # enlarge images that are smaller than the target, which are refused otherwise
+    reduce_16_bit: bool = False  # keep the high bytes of 16-bit images, which are refused otherwise
+    decode_threads: int = 0  # 0: one for each core, at most 16
+    cache_limit_gib: float = 2.0  # splits of images beyond 64x64x3 are kept decoded up to this size
     bits: int = 8  # fewer than 8 reduces the 256 levels to 2**bits
     cache_dir: str = ""  # '' -> $BITSPERDIM_CACHE or ~/.cache/bitsperdim
     synthetic_size: int = 4096  # number of examples
@@ -47,16 +70,13 @@ class DataConfig:
     synthetic_classes: int = 0  # 0: no labels
 
     def __post_init__(self) -> None:
-        if self.source not in SOURCES:
-            raise ValueError(f"source must be one of {', '.join(SOURCES)}, not '{self.source}'")
+        _check_choice(self, "source", SOURCES)
         if self.source == "tfds":
             parse_name(self.name)
-        if self.image_size < 0:
-            raise ValueError(f"image_size must be 0 (as stored) or an edge in pixels, not {self.image_size}")
-        if self.source in ("photos", "synthetic") and self.image_size == 0:
-            raise ValueError(f"image_size must be given for the source '{self.source}', not 0")
-        if self.source == "digits" and self.image_size not in (0, 8):
-            raise ValueError(f"image_size must be 0 or 8 for the source 'digits', not {self.image_size}")
+        if self.source == "folder":
+            _check_folder(self)
+        _check_target(self)
+        _check_preparation(self)
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits must lie in 1..8, not {self.bits}")
         if not 2 <= self.synthetic_levels <= 256:
@@ -66,12 +86,59 @@ class DataConfig:
                 raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}")
 
 
+def _check_choice(config: DataConfig, key: str, choices: Collection[str]) -> None:
+    if getattr(config, key) not in choices:
+        raise ValueError(f"{key} must be one of {', '.join(choices)}, not '{getattr(config, key)}'")
+
+
+def _check_folder(config: DataConfig) -> None:
+    if not config.path:
+        raise ValueError("path must name a folder of images for the source 'folder', not ''")
+    if not 0 < config.evaluation_fraction < 1:
+        raise ValueError(f"evaluation_fraction must lie between 0 and 1, not {config.evaluation_fraction}")
+
+
+def _check_target(config: DataConfig) -> None:
+    """The size of the images."""
+    if config.image_size < 0:
+        raise ValueError(f"image_size must be 0 (as stored) or an edge in pixels, not {config.image_size}")
+    if config.source in ("photos", "synthetic") and config.image_size == 0:
+        raise ValueError(f"image_size must be given for the source '{config.source}', not 0")
+    if config.source == "digits" and config.image_size not in (0, 8):
+        raise ValueError(f"image_size must be 0 or 8 for the source 'digits', not {config.image_size}")
+    for key, other in (("image_height", config.image_width), ("image_width", config.image_height)):
+        value = getattr(config, key)
+        if value < 0 or (value == 0 and other > 0):
+            raise ValueError(f"{key} must be given in pixels together with the other edge, not {value}")
+        if value and config.source not in ("tfds", "folder"):
+            raise ValueError(f"{key} must be 0 where the source is '{config.source}', not {value}")
+        if value and config.image_size:
+            raise ValueError(f"{key} must be 0 where image_size is {config.image_size}, not {value}")
+
+
+def _check_preparation(config: DataConfig) -> None:
+    """How images are brought to the target."""
+    if config.channels not in (0, 1, 3):
+        raise ValueError(f"channels must be 0 (as declared), 1 or 3, not {config.channels}")
+    _check_choice(config, "resize", ("cover", "none"))
+    _check_choice(config, "resampling", decode.RESAMPLING)
+    _check_choice(config, "train_crop", ("centre", "random"))
+    if config.train_crop == "random" and not (config.image_size or config.image_height):
+        raise ValueError("train_crop must be 'centre' where no image_size is given, not 'random'")
+    for key in ("decode_threads", "cache_limit_gib"):
+        if getattr(config, key) < 0:
+            raise ValueError(f"{key} must be at least 0, not {getattr(config, key)}")
+
+
 def open_source(config: DataConfig, split: str) -> Source:
     """The split 'train' or 'evaluation' of the configured source, or, for TFDS, any split by its own name.
 
-    `InputError` names what is missing; the first opening of a TFDS split decodes it into the cache.
+    `InputError` names what is missing or cannot be taken; the first opening of a split of small images decodes it into
+    the cache.
     """
     source = _open_at_full_depth(config, split)
+    if config.labels and not source.num_classes:
+        raise InputError(f"{source.name} has no labels; set data.labels=false")
     return source if config.bits == 8 else sources.reduce_bits(source, config.bits)
 
 
@@ -84,10 +151,37 @@ def _open_at_full_depth(config: DataConfig, split: str) -> Source:
         shape = (config.image_size, config.image_size, config.synthetic_channels)
         size, levels, num_classes = config.synthetic_size, config.synthetic_levels, config.synthetic_classes
         return sources.synthetic(split, size, shape, levels, num_classes)
+    preparation, storage = _preparation(config), _storage(config, split)
+    if config.source == "folder":
+        preparation = preparation._replace(channels=config.channels or 3)
+        folder = Folder(
+            config.path, config.evaluation_path, config.evaluation_fraction, config.labels, config.skip_unreadable
+        )
+        return open_folder(folder, split, preparation, storage)
     split = {"train": config.train_split, "evaluation": config.evaluation_split}.get(split, split)
     data_dir = config.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    cache_dir = config.cache_dir or os.environ.get("BITSPERDIM_CACHE") or "~/.cache/bitsperdim"
-    return open_tfds(config.name, split, data_dir, config.image_size, cache_dir)
+    return open_tfds(config.name, split, data_dir, preparation, storage)
+
+
+def _preparation(config: DataConfig) -> Preparation:
+    return Preparation(
+        height=config.image_height or config.image_size,
+        width=config.image_width or config.image_size,
+        channels=config.channels,
+        resize=config.resize,
+        resampling=config.resampling,
+        upscale=config.upscale,
+        reduce_16_bit=config.reduce_16_bit,
+    )
+
+
+def _storage(config: DataConfig, split: str) -> Storage:
+    return Storage(
+        folder=cache.location(config.cache_dir),
+        limit_bytes=int(config.cache_limit_gib * 2**30),
+        threads=encoded.num_threads(config.decode_threads),
+        random_crops=config.train_crop == "random" and split == "train",
+    )
 
 
 def train_indices(size: int, seed: int, start: int, count: int) -> Int[np.ndarray, " count"]:
@@ -113,6 +207,12 @@ def _permutation(size: int, seed: int, epoch: int) -> Int[np.ndarray, " size"]:
     return permutation
 
 
+def train_draws(seed: int, start: int, count: int) -> UInt64[np.ndarray, " count"]:
+    """Random words at the positions start .. start + count - 1 of the training stream, for crops."""
+    words = np.random.Philox(key=np.array([seed, DRAWS], np.uint64), counter=start // 4)  # four words to a count
+    return words.random_raw(start % 4 + count)[start % 4 :]
+
+
 def train_batch(source: Source, seed: int, step: int, batch_size: int, sharding: NamedSharding) -> dict[str, jax.Array]:
     """Batch `step` of a run: the fields of the source, and `position`, the index (int32) within the global batch.
 
@@ -123,7 +223,11 @@ def train_batch(source: Source, seed: int, step: int, batch_size: int, sharding:
     indices = train_indices(source.size, seed, step * batch_size, batch_size)
 
     def read(rows: np.ndarray) -> dict[str, np.ndarray]:
-        return source.read(indices[rows]) | {"position": rows.astype(np.int32)}
+        if source.read_crops is None:
+            examples = source.read(indices[rows])
+        else:
+            examples = source.read_crops(indices[rows], train_draws(seed, step * batch_size, batch_size)[rows])
+        return examples | {"position": rows.astype(np.int32)}
 
     return _global_batch(read, batch_size, sharding)
 

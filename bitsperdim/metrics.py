@@ -45,7 +45,9 @@ class Writer:
         self._file.write(json.dumps({"step": step, "kind": kind, **finite}, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
-            for key, value in numbers.items():
+            for key, value in finite.items():
+                if value is None:
+                    continue
                 self._board.add_scalar(f"{kind}/{key}", value, step)
 
     def close(self) -> None:

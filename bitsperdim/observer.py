@@ -9,22 +9,23 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from bitsperdim import evaluation, images, metrics, rng
+from bitsperdim import evaluation, images, metrics, plots, rng
 from bitsperdim import run as run_lib
 from bitsperdim import step as step_lib
 from bitsperdim.errors import InputError, NonFiniteError
 from bitsperdim.model import Model, Stage
 from bitsperdim.run import Run
+from bitsperdim.sources import Source
 
 
 class Observer:
     """Call `open` when the first step is known, `after_step` after each, `close` at the end."""
 
-    def __init__(self, run: Run, stage: Stage, model: Model, mesh: Mesh) -> None:
-        assert stage.settings and stage.source and stage.pictures
+    def __init__(self, run: Run, stage: Stage, model: Model, source: Source, mesh: Mesh) -> None:
+        assert stage.settings and stage.pictures
         self._config, self._model, self._mesh = stage.settings, model, mesh
         self._folder = run.folder(stage.name)
-        self._source = stage.source(run, "evaluation")
+        self._source = source
         self._pictures = stage.pictures(run, mesh)
         self._key = rng.for_purpose(jax.random.key(run.seed(stage.name)), "evaluation")
         self._measure = evaluation.compiled(model, mesh)
@@ -33,16 +34,18 @@ class Observer:
         self._throughput = metrics.Throughput(self._config.batch_size)
         self._window: list[step_lib.Report] = []
         self._compiled = False
+        self._tracing = False
 
     def open(self, start: int) -> None:
         """Makes the stage's metrics file, or goes on with it after step `start`."""
         if jax.process_index() == 0:
-            self._writer = metrics.Writer(self._folder, start)
+            self._writer = metrics.Writer(self._folder, start, self._config.tensorboard)
 
     def after_step(self, done: int, state: PyTree, report: step_lib.Report) -> dict[str, float]:
         """Logs, evaluates and draws when it is time to; returns the figures of this step's evaluation, or none."""
         config, last = self._config, done == self._config.steps
         self._window.append(report)
+        self._profile(done, report)
         if not self._compiled:
             jax.block_until_ready(report)
             self._throughput.restart(done)
@@ -61,6 +64,8 @@ class Observer:
         self._console.message(text)
 
     def close(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
         self._console.close()
         if self._writer is not None:
             self._writer.close()
@@ -69,9 +74,12 @@ class Observer:
         # Averages over every step since the last log, fetched at once: a fetch per step would stall the device.
         window = jax.device_get(self._window)
         self._window = []
-        means = jax.tree.map(lambda *values: float(np.mean(values)), *[report.parts for report in window])
-        tallies = jax.tree.map(lambda *values: np.sum(values, axis=0), *[report.tallies for report in window])
-        figures = {name: float(value) for name, value in window[-1].figures.items()}
+        over = lambda reduce: lambda *values: reduce(np.concatenate(values), axis=0)
+        means = {
+            name: float(v) for name, v in jax.tree.map(over(np.mean), *[report.parts for report in window]).items()
+        }
+        tallies = jax.tree.map(over(np.sum), *[report.tallies for report in window])
+        figures = {name: float(values[-1]) for name, values in window[-1].figures.items()}
         rate = self._throughput.read(done)
         summary = self._model.summarize(means, tallies)
         self._console.progress(done, {name: summary[name] for name in list(summary)[:2]}, rate)
@@ -106,6 +114,25 @@ class Observer:
         for name, picture in self._pictures(state["ema"], state["extra"], self._key).items():
             if jax.process_index() == 0:
                 images.save_png(self._folder / "images" / f"{name}-{done:08d}.png", picture)
+
+        if jax.process_index() == 0:
+            images.save_png(
+                self._folder / "images" / "curves.png", plots.curves(metrics.read(self._folder / metrics.FILE))
+            )
+
+    def _profile(self, done: int, report: step_lib.Report) -> None:
+        """Starts and ends the trace of the steps that were asked for."""
+        if not self._config.profile:
+            return
+        first, last = self._config.profile
+        if self._tracing and done >= last:
+            jax.block_until_ready(report)
+            jax.profiler.stop_trace()
+            self._tracing = False
+        elif not self._tracing and first - self._config.steps_per_dispatch <= done < last:
+            jax.block_until_ready(report)
+            jax.profiler.start_trace(str(self._folder / "profile"))
+            self._tracing = True
 
     def _write(self, done: int, kind: str, figures: dict[str, float]) -> None:
         if self._writer is not None:

@@ -31,7 +31,9 @@ from bitsperdim.model import Stage
 # Keys that do not change what is learned: they may differ when a run is started again.
 FREE_KEYS = frozenset(
     {"data_dir", "cache_dir", "log_every", "evaluate_every", "pictures_every", "save_every", "keep_checkpoints"}
-    | {"accumulation", "max_non_finite"}
+    | {"accumulation", "max_non_finite", "tensorboard", "profile", "decode_threads", "cache_limit_gib"}
+    # Where images lie; that they are the same ones is checked by their fingerprint.
+    | {"path", "evaluation_path"}
 )
 
 

@@ -1,6 +1,7 @@
 """Where examples come from: the `Source` record, and the sources that need neither a network nor TFDS.
 
-Not here: TFDS folders (`tfds_source.py`), the choice between sources and the batches made from them (`data.py`).
+Not here: TFDS data sets (`tfds_source.py`), folders of images (`folder_source.py`), the choice between sources and the
+batches made from them (`data.py`).
 """
 
 from collections.abc import Callable
@@ -27,6 +28,10 @@ class Source(NamedTuple):
     levels: int  # values are the integers 0 .. levels - 1
     num_classes: int  # 0 where there are no labels
     read: Callable[[np.ndarray], dict[str, np.ndarray]]  # indices -> {'image': uint8 NHWC, 'label': int32 if any}; pure
+    # (indices, uint64 words) -> as `read`, each image cropped where its random word says; None: always as `read`.
+    read_crops: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]] | None = None
+    fingerprint: str = ""  # of the stored images, where they may change between two starts of a run: a folder
+    class_names: tuple[str, ...] = ()  # by label, where they are known
 
 
 def reduce_bits(source: Source, bits: int) -> Source:
@@ -36,11 +41,16 @@ def reduce_bits(source: Source, bits: int) -> Source:
             f"{source.name} has {source.levels} levels and bits reduces from 256 only; leave data.bits at 8, not {bits}"
         )
 
-    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
-        examples = source.read(indices)
+    def reduced(examples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return examples | {"image": examples["image"] >> (8 - bits)}
 
-    return source._replace(name=f"{source.name}, {bits} bits", levels=2**bits, read=read)
+    read, crops = source.read, source.read_crops
+    return source._replace(
+        name=f"{source.name}, {bits} bits",
+        levels=2**bits,
+        read=lambda indices: reduced(read(indices)),
+        read_crops=crops and (lambda indices, draws: reduced(crops(indices, draws))),
+    )
 
 
 def digits(split: str) -> Source:

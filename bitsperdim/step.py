@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from bitsperdim import optim, rng, sharding
 from bitsperdim.model import Aux, Batch, Model
@@ -25,6 +25,7 @@ class TrainConfig:
     batch_size: int  # global, over all hosts and devices
     steps: int
     accumulation: int = 1  # micro-batches a step; changes memory, not what is learned
+    steps_per_dispatch: int = 1  # steps in one compiled program; more of them hide a slow host
     clip_norm: float = 0.0  # global gradient norm; 0: no clipping
     skip_norm: float = 0.0  # a step whose norm exceeds it is not taken; 0: only non-finite ones are not
     skip_patience: int = 100  # after so many skips in a row a finite step is taken all the same
@@ -36,6 +37,8 @@ class TrainConfig:
     pictures_every: int = 1000
     save_every: int = 1000
     keep_checkpoints: int = 2
+    tensorboard: bool = False  # event files beside metrics.jsonl
+    profile: tuple[int, ...] = ()  # (first, last) step of a profiler trace, in STAGE/profile; (): none
     best_metric: str = ""  # evaluation figure, smaller is better, whose best step is kept too and used after training
 
     def __post_init__(self) -> None:
@@ -52,6 +55,14 @@ class TrainConfig:
                 f"save_every must be a multiple of evaluate_every={self.evaluate_every} where best_metric is set, "
                 f"not {self.save_every}"
             )
+        if self.profile and (len(self.profile) != 2 or not 0 < self.profile[0] <= self.profile[1]):
+            raise ValueError(f"profile must be (first, last) step or (), not {self.profile}")
+        for name in ("steps", "log_every", "evaluate_every", "pictures_every", "save_every"):
+            if getattr(self, name) % self.steps_per_dispatch:
+                raise ValueError(
+                    f"{name} must be a multiple of steps_per_dispatch={self.steps_per_dispatch}, "
+                    f"not {getattr(self, name)}"
+                )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size must be divisible by accumulation, not {self.batch_size} by {self.accumulation}"
@@ -59,17 +70,20 @@ class TrainConfig:
 
 
 class Report(NamedTuple):
-    """What a step tells the loop; stays on the devices until the loop asks for it."""
+    """What the `n` steps of a dispatch tell the loop; stays on the devices until the loop asks for it."""
 
-    parts: dict[str, Float[Array, ""]]  # means over the batch
+    parts: dict[str, Float[Array, " n"]]  # means over the batch
     tallies: PyTree
-    figures: dict[str, Array]  # objective, gradient norm, learning rate, skip counters
+    figures: dict[str, Shaped[Array, " n"]]  # objective, gradient norm, learning rate, skip counters
 
 
 def compiled(
     model: Model, optim_config: OptimConfig, config: TrainConfig, seed: int, mesh: Mesh, like: PyTree
-) -> Callable[[PyTree, Batch], tuple[PyTree, Report]]:
-    """`step(state, batch) -> state, report`, laid out as `like` (from `state.abstract`); its state is donated."""
+) -> Callable[..., tuple[PyTree, Report]]:
+    """`step(state, *batches) -> state, report`, one step for each batch; the state is donated.
+
+    The state is laid out as `like` (from `state.abstract`).
+    """
     optimizer = optim.optimizer(optim_config, config.steps)
     learning_rate = optim.schedule(optim_config, config.steps)
 
@@ -97,16 +111,25 @@ def compiled(
         parts = {name: values.mean() for name, values in aux.parts.items()}
         return {"step": state["step"] + 1, **new, "skips": skips}, Report(parts, aux.tallies, figures)
 
+    def steps(state: PyTree, *batches: Batch) -> tuple[PyTree, Report]:
+        # XLA's CPU backend is an order of magnitude slower at gradients of convolutions inside a scan.
+        if len(batches) > 1 and jax.default_backend() != "cpu":
+            return jax.lax.scan(step, state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
+        reports = []
+        for batch in batches:
+            state, report = step(state, batch)
+            reports.append(report)
+        return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
+
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+    return jax.jit(steps, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
 
 
 def _gradients(model: Model, accumulation: int, state: PyTree, batch: Batch, key: Array) -> tuple[Array, Aux, PyTree]:
     """Objective and gradients are means, tallies and statistics sums, over the micro-batches; parts are joined."""
     value_and_grad = jax.value_and_grad(model.loss, has_aux=True)
     total = None
-    # A micro-batch takes every n-th example, so that each device cuts it from its own rows. Unrolled: XLA's CPU backend
-    # is an order of magnitude slower at gradients of convolutions inside a scan.
+    # A micro-batch takes every n-th example, so that each device cuts it from its own rows.
     for i in range(accumulation):
         micro = jax.tree.map(lambda leaf, i=i: leaf.reshape(-1, accumulation, *leaf.shape[1:])[:, i], batch)
         (objective, aux), gradients = value_and_grad(state["params"], state["extra"], micro, key, state["step"])

@@ -1,30 +1,31 @@
-"""Images of a TFDS data set, read without TensorFlow from array_record files and decoded once into a cache.
+"""Images of a TFDS data set, read without TensorFlow from array_record or TFRecord files.
 
 The folder `data_dir/name[/configuration]/version` describes itself (`dataset_info.json`), so a data set need not be in
 the catalogue of TFDS. `tensorflow_datasets` is imported only where the cache has no copy of the split.
 
-Not here: TFRecord files, resizing, and images of unequal sizes.
+Not here: how images are decoded, resized and cached (`decode.py`, `encoded.py`), the framing of TFRecord
+(`tfrecord.py`), and making the files, which needs TensorFlow (`prepare.py`).
 """
 
 import hashlib
 import json
-import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from jaxtyping import UInt8
 
-from bitsperdim import cache
+from bitsperdim import cache, encoded, tfrecord
+from bitsperdim.decode import Preparation
+from bitsperdim.encoded import Encoded, Storage
 from bitsperdim.errors import InputError
 from bitsperdim.sources import Source
 
 NAME = re.compile(r"(\w+(?:/[\w.-]+)?)(?::(\d+\.\d+\.\d+))?")  # data set with its configuration; version
 VERSION = re.compile(r"\d+\.\d+\.\d+")
-CHUNK = 500  # records decoded between two lines of progress
-CACHE_FORMAT = 1  # raise when the meaning of the cached arrays changes
+FORMATS = ("array_record", "tfrecord")
+CACHE_FORMAT = 2  # raise when the meaning of what is cached changes
 
 
 class Folder(NamedTuple):
@@ -36,33 +37,23 @@ class Folder(NamedTuple):
     digest: str  # of the text of dataset_info.json
 
 
-def open_tfds(name: str, split: str, data_dir: str, image_size: int, cache_dir: str) -> Source:
+def open_tfds(name: str, split: str, data_dir: str, preparation: Preparation, storage: Storage) -> Source:
     """A split (or sub-split such as 'train[:90%]') of `name`, which may carry a configuration and a version.
 
-    `image_size` 0 takes the images as they are stored. Values of `binarized_mnist` are 0 and 1 (2 levels), those of
-    all others 0..255. `InputError` names what is missing or unreadable.
+    Height and width 0 of `preparation` take the images as they are stored, channels 0 those that the data set declares.
+    Values of `binarized_mnist` are 0 and 1 (2 levels), those of all others 0..255. `InputError` names what is missing
+    or unreadable.
     """
     folder = find(name, data_dir)
     _check_format(folder)
     _check_split_exists(folder, split)
     levels = 2 if folder.title.startswith("binarized_mnist:") else 256
     title = f"{folder.title} {split}"
-    place = pathlib.Path(cache_dir).expanduser() / _cache_name(folder, split)
-    cached = cache.load(place)
-    if cached is None:
-        _decode(folder, split, image_size, levels, place)
-        cached = cache.load(place)
-        assert cached is not None  # it was renamed into place just now
-    height, width, channels = cached.images.shape[1:]
-    _check_size(title, height, width, image_size)
-
-    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
-        examples = {"image": cached.images[indices]}
-        if cached.labels is not None:
-            examples["label"] = cached.labels[indices]
-        return examples
-
-    return Source(title, len(cached.images), (height, width, channels), levels, cached.num_classes, read)
+    # Rotation is not applied: TFDS and TensorFlow do not, and published figures are on pixels as they are stored.
+    preparation = preparation._replace(upright=False)
+    key = cache.entry_name(title, CACHE_FORMAT, folder.digest, preparation)
+    open_encoded = lambda: _open_encoded(folder, split, levels, preparation, storage)
+    return encoded.open_source(title, levels, key, open_encoded, storage)
 
 
 def find(name: str, data_dir: str) -> Folder:
@@ -122,11 +113,15 @@ def _subfolders(folder: epath.Path) -> list[epath.Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
+def _file_format(folder: Folder) -> str:
+    return folder.info.get("fileFormat", "tfrecord")  # folders older than the key hold TFRecord
+
+
 def _check_format(folder: Folder) -> None:
-    stored = folder.info.get("fileFormat", "tfrecord")  # folders older than the key hold TFRecord
-    if stored != "array_record":
+    if _file_format(folder) not in FORMATS:
         raise InputError(
-            f"{folder.path} holds {stored} files and only array_record can be read yet; prepare a copy elsewhere:\n"
+            f"{folder.path} holds {_file_format(folder)} files and only {' and '.join(FORMATS)} can be read; "
+            "prepare a copy elsewhere:\n"
             f'  pip install "bitsperdim[prepare]" && '
             f"python -m bitsperdim.prepare {folder.title.split(':')[0]} --data_dir=FOLDER"
         )
@@ -142,78 +137,83 @@ def _check_split_exists(folder: Folder, split: str) -> None:
             raise InputError(f"{folder.title} in {folder.path} has no split '{name}'; present: {present}")
 
 
-def _check_size(title: str, height: int, width: int, image_size: int) -> None:
-    if image_size and (height, width) != (image_size, image_size):
-        raise InputError(
-            f"the images of {title} are {height}x{width} and data.image_size is {image_size}; "
-            "images are not resized yet: set data.image_size=0"
-        )
-
-
-def _cache_name(folder: Folder, split: str) -> str:
-    """Readable, and different for every split of every edition of a data set."""
-    key = json.dumps([CACHE_FORMAT, folder.title, split, folder.digest])
-    readable = re.sub(r"[^\w.]+", "-", f"{folder.title} {split}").strip("-")
-    return f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-
-
-def _decode(folder: Folder, split: str, image_size: int, levels: int, place: pathlib.Path) -> None:
-    """Decodes one split into the cache at `place`."""
+def _open_encoded(folder: Folder, split: str, levels: int, preparation: Preparation, storage: Storage) -> Encoded:
+    """The records of a split, of which only image and label are parsed, and the image is not yet decoded."""
     import tensorflow_datasets as tfds  # seconds to import; a cached split does without
 
     title = f"{folder.title} {split}"
     builder: Any = tfds.builder_from_directory(folder.path)
-    num_classes = _num_classes(folder, builder.info.features)
+    features = builder.info.features
+    preparation = preparation._replace(channels=_channels(folder, features, preparation.channels))
+    if levels != 256:
+        _check_not_resized(folder, features["image"].shape, preparation)
+    num_classes = getattr(features["label"], "num_classes", 0) if "label" in features else 0
+    parts, size = _parts(folder, builder, split)
+    read = _open_records(folder, builder, split, parts, storage)
+    parsed: Any = tfds.features.FeaturesDict({name: features[name] for name in ("image", "label") if name in features})
+    decoders = {"image": tfds.decode.SkipDecoding()}
+
+    def fetch(index: int) -> tuple[bytes, int]:
+        try:
+            example = parsed.deserialize_example_np(read(index), decoders=decoders)
+            return example["image"], int(example["label"]) if num_classes else 0
+        except Exception as error:  # parsers raise anything; whatever it was, the record must be named
+            raise InputError(
+                f"record {index} of {title} cannot be read ({error}); prepare the data set again"
+            ) from error
+
+    describe = lambda index: f"record {index} of {title}"
+    return Encoded(title, size, levels, num_classes, preparation, fetch, describe, "prepare the data set again")
+
+
+def _channels(folder: Folder, features: Any, asked: int) -> int:
+    """`asked`, or where it is 0 the declared number; `InputError` where the data set has no 8- or 16-bit 'image'."""
+    if "image" not in features:
+        raise InputError(f"{folder.title} has no feature 'image'; its features: {', '.join(sorted(features))}")
+    image = features["image"]
+    if not hasattr(image, "encoding_format") or image.np_dtype == np.float32:
+        raise InputError(f"the feature 'image' of {folder.title} holds no compressed images of integers ({image})")
+    declared = image.shape[-1]
+    if not asked and declared not in (1, 3):
+        raise InputError(
+            f"images of {folder.title} are declared with {declared or 'an unknown number of'} channels; "
+            "set data.channels to 1 or 3"
+        )
+    return asked or declared
+
+
+def _check_not_resized(folder: Folder, stored: tuple[int | None, ...], preparation: Preparation) -> None:
+    target = (preparation.height, preparation.width)
+    if target not in ((0, 0), stored[:2]):
+        raise InputError(
+            f"images of {folder.title} hold only 0 and 1 and cannot be resized to {target[0]}x{target[1]}; "
+            "set data.image_size=0"
+        )
+
+
+def _parts(folder: Folder, builder: Any, split: str) -> tuple[list[Any], int]:
+    """The FileInstructions of TFDS (file, skip, take) that make a split, and its size."""
     try:
-        size = builder.info.splits[split].num_examples
+        parts = builder.info.splits[split].file_instructions
     except ValueError as error:
         raise InputError(f"split '{split}' of {folder.title}: {str(error).splitlines()[0]}") from error
+    size = sum(part.take for part in parts)
     if size == 0:
         raise InputError(f"split '{split}' of {folder.title} is empty; choose another range")
-    records = builder.as_data_source(split)
-    chunks = _decoded_chunks(records, size, num_classes > 0, title, image_size, levels)
-    cache.write(place, title, size, num_classes, chunks)
+    return parts, size
 
 
-def _num_classes(folder: Folder, features: Any) -> int:
-    """Of the feature 'label', 0 where there is none; `InputError` where there is no feature 'image'."""
-    if "image" not in features:
-        raise InputError(f"{folder.title} has no feature 'image'; its features: {', '.join(features)}")
-    return getattr(features["label"], "num_classes", 0) if "label" in features else 0
+def _open_records(
+    folder: Folder, builder: Any, split: str, parts: list[Any], storage: Storage
+) -> Callable[[int], bytes]:
+    """The serialized records of a split, by index."""
+    if _file_format(folder) == "tfrecord":
+        index_dir = storage.folder / cache.entry_name(f"{folder.title} index", CACHE_FORMAT, folder.digest)
+        return tfrecord.open_records(parts, index_dir, storage.threads)
+    import tensorflow_datasets as tfds
 
-
-def _decoded_chunks(
-    records: Any, size: int, has_labels: bool, title: str, image_size: int, levels: int
-) -> Iterator[cache.Chunk]:
-    (first,) = _read_chunk(records, range(1), title)
-    shape = first["image"].shape
-    _check_size(title, shape[0], shape[1], image_size)
-    for start in range(0, size, CHUNK):
-        examples = _read_chunk(records, range(start, min(start + CHUNK, size)), title)
-        for index, example in enumerate(examples, start):
-            _check_image(example["image"], shape, f"record {index} of {title}", levels)
-        images = np.stack([example["image"] for example in examples])
-        labels = np.array([example["label"] if has_labels else 0 for example in examples], np.int32)
-        yield cache.Chunk(images, labels)
-
-
-def _read_chunk(records: Any, indices: range, title: str) -> list[dict]:
-    # Decoders raise anything; whatever it was, the record is unreadable and must be named.
     try:
-        return records.__getitems__(list(indices))
-    except Exception as error:
-        if len(indices) == 1:
-            raise InputError(
-                f"record {indices[0]} of {title} cannot be decoded ({error}); prepare the data set again"
-            ) from error
-        return [example for index in indices for example in _read_chunk(records, range(index, index + 1), title)]
-
-
-def _check_image(image: UInt8[np.ndarray, "h w c"], shape: tuple[int, ...], record: str, levels: int) -> None:
-    if image.shape != shape:
-        raise InputError(
-            f"{record} is {'x'.join(map(str, image.shape))} where those before it are {'x'.join(map(str, shape))}; "
-            "only data sets with images of one size can be read yet"
-        )
-    if image.max() >= levels:
-        raise InputError(f"{record} holds the value {image.max()} where values must be below {levels}")
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        return builder.as_data_source(split, deserialize_method=raw).__getitem__
+    except Exception as error:  # a missing or damaged shard is met here or at the first record
+        raise InputError(f"the shards of {folder.title} {split} in {folder.path} cannot be read ({error})") from error

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -26,8 +27,10 @@ from bitsperdim.run import Run
 from bitsperdim.signals import Signals
 
 
-def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "") -> Run:
+def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", init_from: str = "") -> Run:
     """Trains every stage that is not complete, in order (or the stage `only`), in the run folder `workdir`.
+
+    A stage that begins, and that the run `init_from` has trained, begins with the Polyak weights from there.
 
     The same call again goes on where the last one stopped, bit for bit. Raises `InputError` before anything is written
     when the config, the data or the folder do not fit, `Interrupted` after a signal, `NonFiniteError`.
@@ -52,7 +55,7 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "") 
             if stage.extract is not None:
                 stage.extract(run, mesh, signals.check)
             else:
-                train_stage(run, stage, mesh, signals)
+                train_stage(run, stage, mesh, signals, init_from)
             signals.check()
     return run
 
@@ -66,24 +69,28 @@ def is_complete(run: Run, stage: Stage) -> bool:
         return max(checkpoints.steps(), default=0) >= stage.settings.steps
 
 
-def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals) -> None:
+def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from: str = "") -> None:
     """From the newest checkpoint, or from nothing, to the stage's last step."""
     assert stage.model and stage.source and stage.optim and stage.settings
     config, seed, model = stage.settings, run.seed(stage.name), stage.model(run)
-    source = stage.source(run, "train")
-    observer = Observer(run, stage, model, mesh)
-    _write_facts(run, stage)
+    sources = {split: stage.source(run, split) for split in ("train", "evaluation")}
+    _check_sources(run, stage, sources)
+    observer = Observer(run, stage, model, sources["evaluation"], mesh)
     like = _abstract_state(run, stage, model, mesh)
+    weights = _warm_start(run, stage, like, init_from)
+    _record_start(run, stage, sources)
     step = step_lib.compiled(model, stage.optim, config, seed, mesh, like)
     with _checkpoints(run, stage) as checkpoints:
-        state, start = _restored_or_new(run, stage, model, checkpoints, like)
+        state, start = _restored_or_new(run, stage, model, checkpoints, like, weights)
         observer.open(start)
-        over_batch = sharding.over_batch(mesh)
-        make = lambda index: data.train_batch(source, seed, index, config.batch_size, over_batch)
-        with contextlib.closing(observer), contextlib.closing(data.prefetch(make, start, config.steps)) as batches:
-            for done, batch in enumerate(batches, start + 1):
+        each, over_batch = config.steps_per_dispatch, sharding.over_batch(mesh)
+        batch = lambda index: data.train_batch(sources["train"], seed, index, config.batch_size, over_batch)
+        make = lambda dispatch: [batch(index) for index in range(dispatch * each, (dispatch + 1) * each)]
+        ahead = data.prefetch(make, start // each, config.steps // each)
+        with contextlib.closing(observer), contextlib.closing(ahead) as dispatches:
+            for done, batches in zip(range(start + each, config.steps + 1, each), dispatches, strict=True):
                 with jax.transfer_guard("disallow"):  # a copy that nobody asked for would stall every step
-                    state, report = step(state, batch)
+                    state, report = step(state, *batches)
                 figures = observer.after_step(done, state, report)
                 if done % config.save_every == 0 or done == config.steps or signals.received is not None:
                     checkpoints.save(done, state, figures)
@@ -159,7 +166,7 @@ def _abstract_state(run: Run, stage: Stage, model: Model, mesh: Mesh) -> PyTree:
 
 
 def _restored_or_new(
-    run: Run, stage: Stage, model: Model, checkpoints: Checkpoints, like: PyTree
+    run: Run, stage: Stage, model: Model, checkpoints: Checkpoints, like: PyTree, weights: PyTree | None
 ) -> tuple[PyTree, int]:
     restored = checkpoints.restore(like)
     if restored is not None:
@@ -168,17 +175,66 @@ def _restored_or_new(
     assert stage.optim and stage.settings
     key = rng.for_purpose(jax.random.key(run.seed(stage.name)), "init")
     state = state_lib.create(model, optim.optimizer(stage.optim, stage.settings.steps), key, like)
+    if weights is not None:
+        # Copies: a buffer of the state cannot be donated twice.
+        state |= weights | {"params": jax.tree.map(jnp.copy, weights["ema"])}
     _say(f"{stage.name}: {state_lib.num_params(state):,} parameters, {stage.settings.steps:,} steps")
     return state, 0
 
 
-def _write_facts(run: Run, stage: Stage) -> None:
+def _warm_start(run: Run, stage: Stage, like: PyTree, init_from: str) -> PyTree | None:
+    """`ema` and `extra` of the same stage of another run; None where it has not trained it, or the stage has begun.
+
+    Raises InputError where the folder is no run or its arrays have other shapes.
+    """
+    if not init_from or restored_step(run, stage.name):
+        return None
+    other = run_lib.open_run(init_from)
+    if not restored_step(other, stage.name):
+        _say(f"{stage.name}: not trained in {init_from}, so it starts anew")
+        return None
+    with _checkpoints(other, other.stage(stage.name)) as checkpoints:
+        restored = checkpoints.restore({entry: like[entry] for entry in ("ema", "extra")})
+    assert restored is not None
+    _say(f"{stage.name}: starting with the weights of step {restored[0]:,} of {init_from}")
+    return restored[1]
+
+
+def _check_sources(run: Run, stage: Stage, sources: dict[str, data.Source]) -> None:
+    """Raises InputError where the images are not those that the stage began with."""
+    path = run.folder(stage.name) / "sources.json"
+    before = run_lib.read_json(path) if path.exists() else {}
+    for split, source in sources.items():
+        now = _describe(source)
+        if before.get(split, now) != now:
+            changed = [key for key in now if before[split].get(key) != now[key]]
+            changes = ", ".join(f"{key} {before[split].get(key)} -> {now[key]}" for key in changed)
+            raise InputError(
+                f"the {split} images of {run.folder(stage.name)} have changed since it began ({changes}); "
+                "restore them, or use a new --workdir"
+            )
+
+
+def _describe(source: data.Source) -> dict[str, Any]:
+    return {
+        "name": source.name,
+        "size": source.size,
+        "shape": list(source.shape),
+        "levels": source.levels,
+        "class_names": list(source.class_names),
+        "fingerprint": source.fingerprint,
+    }
+
+
+def _record_start(run: Run, stage: Stage, sources: dict[str, data.Source]) -> None:
     """The first thing that is written: by now the config, the data and the stages before have been found to fit."""
     facts = stage.facts(run) if stage.facts else {}
     for line in run_lib.create(run):
         _say(f"note: {line}; bit-for-bit equality with the earlier part is not promised")
     if jax.process_index() == 0:
         run_lib.write_json(run.folder(stage.name) / "data.json", facts)
+        described = {split: _describe(source) for split, source in sources.items()}
+        run_lib.write_json(run.folder(stage.name) / "sources.json", described)
 
 
 def _require(run: Run, stage: Stage) -> None:

@@ -40,7 +40,13 @@ def stage(config: Config) -> Stage:
 
 def network(config: AutoencoderConfig, facts: Facts) -> Autoencoder:
     return Autoencoder(
-        config.strides, config.hidden, config.residual, config.residual_layers, config.code_dim, facts.shape[-1]
+        strides=config.strides,
+        hidden=config.hidden,
+        residual=config.residual,
+        layers=config.residual_layers,
+        code_dim=config.code_dim,
+        channels=facts.shape[-1],
+        dtype=jnp.dtype(config.dtype),
     )
 
 

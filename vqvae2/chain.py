@@ -48,11 +48,13 @@ def network(run: Run, name: str) -> Prior:
         output_layers=config.output_layers,
         dropout=config.dropout,
         num_classes=about.num_classes if config.class_conditional else 0,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
     )
     if not isinstance(config, ConditionedPriorConfig):
         return Prior(pixel_snail)
     shape = config.conditioning
-    stack = ConditioningStack(shape.blocks, shape.widths, shape.bottlenecks, shape.norm)
+    stack = ConditioningStack(shape.blocks, shape.widths, shape.bottlenecks, shape.norm, jnp.dtype(config.dtype))
     grid = grids(run)
     height, width = grid[_above(name)]
     halvings = len(shape.widths) - 1
@@ -62,7 +64,7 @@ def network(run: Run, name: str) -> Prior:
             f"{halvings} times, which does not divide it; give fewer widths"
         )
     octaves = (grid[name][0] // grid[_above(name)][0]).bit_length() - 1
-    return Prior(pixel_snail, Conditioner(num_codes, config.embedding, stack, octaves))
+    return Prior(pixel_snail, Conditioner(num_codes, config.embedding, stack, octaves, jnp.dtype(config.dtype)))
 
 
 def grids(run: Run) -> dict[str, tuple[int, int]]:

@@ -31,6 +31,7 @@ class AutoencoderConfig:
         0.05  # fraction of the fair share of hits below which a code is revived; 0: never (paper)
     )
     flip: bool = False  # mirror training images with probability 1/2
+    dtype: str = "float32"  # of the convolutions; or 'bfloat16'. Parameters, quantiser and loss stay float32
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "hidden", "residual", "residual_layers", "code_dim")
@@ -41,6 +42,7 @@ class AutoencoderConfig:
         for stride in self.strides:
             if stride < 2 or stride & (stride - 1):
                 raise ValueError(f"strides must be powers of two, not {self.strides}")
+        _check_dtype(self.dtype)
         if not 0 < self.codebook_decay < 1:
             raise ValueError(f"codebook_decay must lie in (0, 1), not {self.codebook_decay}")
         if not 0 <= self.revival_threshold < 1:
@@ -80,12 +82,15 @@ class PriorConfig:
     output_layers: int = 0
     dropout: float = 0.1
     class_conditional: bool = False
+    dtype: str = "float32"  # of the layers; or 'bfloat16'. Parameters, logits and likelihood stay float32
+    remat: bool = False  # compute activations of layers again in the backward pass: less memory, a third more work
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "hidden", "residual", "layers", "kernel", "embedding", "attention_heads")
         _at_least(self, 0, "attention_every", "output_layers")
         if self.activation not in ("elu", "concat_elu"):
             raise ValueError(f"activation must be 'elu' or 'concat_elu', not '{self.activation}'")
+        _check_dtype(self.dtype)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
         if self.attention_every and self.attention_features % self.attention_heads:
@@ -152,3 +157,8 @@ def _at_least(config: object, least: int, *names: str) -> None:
     for name in names:
         if getattr(config, name) < least:
             raise ValueError(f"{name} must be at least {least}, not {getattr(config, name)}")
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be 'float32' or 'bfloat16', not '{dtype}'")

@@ -188,6 +188,7 @@ class PixelSnail(nn.Module):
     dropout: float = 0.0
     num_classes: int = 0
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -198,7 +199,9 @@ class PixelSnail(nn.Module):
         keys: Key[Array, " b"] | None = None,
     ) -> Float[Array, "b h w k"]:
         shared = {"activation": self.activation, "dropout": self.dropout, "dtype": self.dtype}
-        layer = functools.partial(GatedResidual, self.residual, self.kernel, num_classes=self.num_classes, **shared)
+        # What a layer computes inside is forgotten and computed again in the backward pass; parameters are the same.
+        gated = nn.remat(GatedResidual) if self.remat else GatedResidual
+        layer = functools.partial(gated, self.residual, self.kernel, num_classes=self.num_classes, **shared)
         attention = functools.partial(CausalAttention, self.attention_heads, self.attention_features, **shared)
         embedded = Embedding(self.num_codes, self.embedding, self.dtype, name="embedding")(codes)
         x = Stem(self.hidden, self.dtype, name="stem")(embedded)

@@ -95,6 +95,31 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         cache.write(tmp_path / "file" / "a", "digits", 10, 5, chunks())
 
 
+def test_the_cache_is_listed_and_cleared_and_nothing_else_is(tmp_path, capsys, monkeypatch):
+    for name in ("digits train", "\N{SNOWMAN} pictures/train", "../.."):
+        cache.write(tmp_path / cache.entry_name(name, 1), name, 10, 5, chunks())
+    cache.write_bytes(tmp_path / f"{cache.entry_name('scan of a', 'b')}.json", bytes(2**20))
+    killed = tmp_path / f".{cache.entry_name('digits', 1)}-0123abcd"
+    killed.mkdir()
+    kept = ["holiday", "xla", "photo-2024.json"]
+    for name in kept:
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("BITSPERDIM_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["cache"])
+    assert cache.main() == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == 6 and listed[-1] == f"       1.0 MiB  in {tmp_path}" and killed.name in listed[0]
+    monkeypatch.setattr(sys, "argv", ["cache", "--clear"])
+    assert cache.main() == 0
+    assert names(tmp_path) == sorted(kept)
+    assert cache.entries(tmp_path / "none") == []
+
+
+def test_names_tell_apart_what_differs_and_only_that():
+    made = [cache.entry_name(*key) for key in (("a", 1), ("a", 2), ("b", 1), ("a", (1,)), ("a/b", 1), ("a b", 1))]
+    assert len(set(made)) == 6 and made[0] == cache.entry_name("a", 1)
+
+
 def test_progress_is_one_line_on_a_terminal_and_a_few_elsewhere(monkeypatch, tmp_path):
     class Terminal(io.StringIO):
         def isatty(self):

@@ -235,11 +235,11 @@ def test_a_file_of_ones_own_comes_before_the_config_of_the_same_name(monkeypatch
 def test_the_default_workdir_is_named_after_config_and_variant(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
-    monkeypatch.setattr(cli.trainer, "train", lambda config, workdir, stage: asked.append((workdir, stage)))
+    monkeypatch.setattr(cli.trainer, "train", lambda config, *where: asked.append(where))
     call(TRAIN, f"--config={TOY}")
     call(TRAIN, "--config", "vqvae2_photos:tiny", "--stage=top")
-    call(TRAIN, "--config=vqvae2_photos:tiny", "--workdir=here")
-    assert asked == [("runs/toy-base", ""), ("runs/vqvae2_photos-tiny", "top"), ("here", "")]
+    call(TRAIN, "--config=vqvae2_photos:tiny", "--workdir=here", "--init_from=there")
+    assert asked == [("runs/toy-base", "", ""), ("runs/vqvae2_photos-tiny", "top", ""), ("here", "", "there")]
 
 
 def test_flags_reach_the_config_whether_the_file_names_their_key_or_not(call, monkeypatch):

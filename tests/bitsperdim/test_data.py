@@ -16,6 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from bitsperdim import data, sources
 from bitsperdim.errors import InputError
 
+FOLDER = {"source": "folder", "path": "pictures"}
+
 
 def over(num_devices, replicas=1):
     """A sharding of the leading axis over `num_devices` shards, each held by `replicas` devices."""
@@ -203,7 +205,7 @@ def wait_until(condition):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"source": "cifar10"}, "source must be one of photos, digits, synthetic, tfds, not 'cifar10'"),
+        ({"source": "cifar10"}, "source must be one of photos, digits, synthetic, tfds, folder, not 'cifar10'"),
         ({"source": "tfds"}, "name must look like 'cifar10', 'celeb_a_hq/64' or 'cifar10:3.0.2', not ''"),
         (
             {"source": "tfds", "name": "cifar10:3"},
@@ -221,6 +223,28 @@ def wait_until(condition):
             {"source": "synthetic", "image_size": 8, "synthetic_size": 0},
             "synthetic_size must be at least 1, not 0",
         ),
+        ({"source": "folder"}, "path must name a folder of images for the source 'folder', not ''"),
+        (FOLDER | {"evaluation_fraction": 1.0}, "evaluation_fraction must lie between 0 and 1, not 1.0"),
+        (FOLDER | {"image_height": 32}, "image_width must be given in pixels together with the other edge, not 0"),
+        (
+            FOLDER | {"image_height": 32, "image_width": -1},
+            "image_width must be given in pixels together with the other edge, not -1",
+        ),
+        (
+            FOLDER | {"image_height": 32, "image_width": 16, "image_size": 8},
+            "image_height must be 0 where image_size is 8, not 32",
+        ),
+        (
+            {"source": "photos", "image_size": 8, "image_height": 32, "image_width": 16},
+            "image_height must be 0 where the source is 'photos', not 32",
+        ),
+        (FOLDER | {"channels": 4}, "channels must be 0 (as declared), 1 or 3, not 4"),
+        (FOLDER | {"resize": "fit"}, "resize must be one of cover, none, not 'fit'"),
+        (FOLDER | {"resampling": "cubic"}, "resampling must be one of lanczos, area, not 'cubic'"),
+        (FOLDER | {"train_crop": "left"}, "train_crop must be one of centre, random, not 'left'"),
+        (FOLDER | {"train_crop": "random"}, "train_crop must be 'centre' where no image_size is given, not 'random'"),
+        (FOLDER | {"decode_threads": -1}, "decode_threads must be at least 0, not -1"),
+        (FOLDER | {"cache_limit_gib": -1.0}, "cache_limit_gib must be at least 0, not -1.0"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(values, message):

@@ -61,7 +61,7 @@ class Stepper:
     def on_rows(self, rows):
         batch = {"c": jax.device_put(np.asarray(rows, np.float32), self._over_batch)}
         self._state, report = self._step(self._state, batch)
-        return self.state, jax.tree.map(np.array, report)
+        return self.state, jax.tree.map(lambda leaf: np.array(leaf)[0], report)
 
     @property
     def state(self):

@@ -1,4 +1,7 @@
-"""TFDS folders against the known figures of the data sets, TFDS's own reader, and small damaged copies."""
+"""TFDS folders against the known figures of the data sets, TFDS's own reader, and small damaged copies.
+
+Not here: folders of TFRecord files (`test_tfrecord.py`).
+"""
 
 import json
 import subprocess
@@ -165,16 +168,54 @@ def test_ranges_and_sizes_that_cannot_be_read_are_named(open_split):
     assert failure(lambda: open_split("cifar10", "evaluation", evaluation_split="test[:0]")) == (
         "split 'test[:0]' of cifar10:3.0.2 is empty; choose another range"
     )
-    resize = "the images of cifar10:3.0.2 test[:7] are 32x32 and data.image_size is 64; images are not resized yet: "
-    assert failure(lambda: open_split("cifar10", "test[:7]", image_size=64)) == resize + "set data.image_size=0"
-    open_split("cifar10", "test[:7]")  # now from the cache
-    assert failure(lambda: open_split("cifar10", "test[:7]", image_size=64)) == resize + "set data.image_size=0"
+    assert failure(lambda: open_split("cifar10", "test[:7]", image_size=64)) == (
+        "record 0 of cifar10:3.0.2 test[:7] is 32x32, smaller than 64x64; set data.upscale=true or a smaller size"
+    )
+    assert failure(lambda: open_split("binarized_mnist", "test[:7]", image_size=16)) == (
+        "images of binarized_mnist:1.0.0 hold only 0 and 1 and cannot be resized to 16x16; set data.image_size=0"
+    )
 
 
 def test_images_of_unequal_sizes_are_named(open_split):
     assert failure(lambda: open_split("kodak", "evaluation")) == (
         "record 2 of kodak:1.0.0 test is 768x512x3 where those before it are 512x768x3; "
-        "only data sets with images of one size can be read yet"
+        "set data.image_size (or image_height and image_width) to resize them"
+    )
+
+
+def test_images_of_unequal_sizes_are_brought_to_one(open_split, tfds_dir):
+    import tensorflow_datasets as tfds
+
+    stored = [record["image"] for record in tfds.data_source("kodak", data_dir=tfds_dir, split="test")]
+    cropped = open_split("kodak", "evaluation", image_size=500, resize="none").read(np.arange(24))["image"]
+    for image, crop in zip(stored, cropped, strict=True):
+        top, left = (image.shape[0] - 500) // 2, (image.shape[1] - 500) // 2
+        np.testing.assert_array_equal(crop, image[top : top + 500, left : left + 500])
+    source = open_split("kodak", "evaluation", image_height=64, image_width=128, resampling="area")
+    assert source.shape == (64, 128, 3)
+    # 768 x 512 is shrunk by four, of which the middle quarter of the height remains.
+    tall = next(index for index, image in enumerate(stored) if image.shape[0] == 768)
+    blocks = stored[tall][256:512].reshape(64, 4, 128, 4, 3).mean((1, 3))
+    np.testing.assert_array_equal(source.read(np.array([tall]))["image"][0], np.floor(blocks + 0.5))
+
+
+def test_large_jpegs_shrink_to_the_smaller_edition_of_the_same_data_set(open_split):
+    # `celeb_a_hq/64` holds the means of 16 x 16 pixels of `celeb_a_hq/1024`, in another order of the records.
+    small = open_split("celeb_a_hq/64", "train").read(np.arange(56))["image"]
+    for values in ({}, {"train_crop": "random"}):
+        source = open_split("celeb_a_hq/1024", "train", image_size=64, resampling="area", **values)
+        shrunk = source.read(np.arange(6))["image"]
+        distances = np.abs(shrunk[:, None].astype(int) - small).max((2, 3, 4))
+        np.testing.assert_array_equal(distances.min(axis=1), 0)
+    np.testing.assert_array_equal(source.read_crops(np.arange(6), np.arange(6, dtype=np.uint64))["image"], shrunk)
+
+
+def test_colours_can_be_made_grey_and_labels_demanded(open_split):
+    colour, grey = (open_split("cifar10", "test[:5]", channels=channels) for channels in (0, 1))
+    read = lambda source: source.read(np.arange(5))["image"]
+    np.testing.assert_allclose(read(grey)[..., 0], read(colour) @ [0.299, 0.587, 0.114], atol=0.51)
+    assert failure(lambda: open_split("kodak", "test", image_size=16, labels=True)) == (
+        "kodak:1.0.0 test has no labels; set data.labels=false"
     )
 
 
@@ -185,7 +226,10 @@ def open_small(root):
 
 def test_an_undecodable_record_is_named_and_leaves_no_cache(small):
     root = small(lambda index, record: record.replace(b"\x89PNG", b"\x89XYZ") if index == 2 else record)
-    assert failure(lambda: open_small(root)).startswith("record 2 of small:1.0.0 test cannot be decoded (")
+    assert failure(lambda: open_small(root)) == (
+        "record 2 of small:1.0.0 test is not an image in PNG, JPEG, WebP, BMP or TIFF format; "
+        "prepare the data set again"
+    )
     assert not list((root / "cache").iterdir())
 
 
@@ -197,14 +241,24 @@ def test_a_value_beyond_the_levels_is_named(tfds_dir, tmp_path, open_split):
     assert message == "record 0 of binarized_mnist:3.0.1 test[:3] holds the value 255 where values must be below 2"
 
 
-def test_tfrecord_folders_and_damaged_descriptions_are_named(small, tmp_path):
-    root = small(info={"fileFormat": "tfrecord"})
+def test_other_formats_and_damaged_descriptions_are_named(small, tmp_path):
+    root = small(info={"fileFormat": "riegeli"})
     assert failure(lambda: open_small(root)) == (
-        f"{root}/small/1.0.0 holds tfrecord files and only array_record can be read yet; prepare a copy elsewhere:\n"
+        f"{root}/small/1.0.0 holds riegeli files and only array_record and tfrecord can be read; "
+        "prepare a copy elsewhere:\n"
         '  pip install "bitsperdim[prepare]" && python -m bitsperdim.prepare small --data_dir=FOLDER'
     )
     (root / "small" / "1.0.0" / "dataset_info.json").write_text("{")
     assert failure(lambda: open_small(root)).startswith(f"{root}/small/1.0.0/dataset_info.json is damaged (")
+
+
+def test_a_damaged_or_missing_shard_is_named(small):
+    root = small()
+    (shard,) = (root / "small" / "1.0.0").glob("*array_record*")
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    assert failure(lambda: open_small(root)).startswith("record 0 of small:1.0.0 test cannot be read (")
+    shard.unlink()
+    assert "small:1.0.0 test" in failure(lambda: open_small(root))
 
 
 def test_a_data_set_without_images_is_named(small):

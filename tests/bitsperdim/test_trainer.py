@@ -63,7 +63,7 @@ def test_everything_happens_at_its_interval_and_at_the_last_step(finished):
     assert [line["step"] for line in lines(folder, "evaluation")] == [25, 50, 60]
     assert sorted(path.name for path in (folder / "model" / "checkpoints").iterdir()) == ["00000040", "00000060"]
     pictures = sorted(path.name for path in (folder / "model" / "images").iterdir())
-    assert pictures == [f"rows-{step:08d}.png" for step in (8, 16, 24, 32, 40, 48, 56, 60)]
+    assert pictures == ["curves.png"] + [f"rows-{step:08d}.png" for step in (8, 16, 24, 32, 40, 48, 56, 60)]
 
 
 def test_a_logged_figure_is_the_mean_over_every_step_since_the_last(finished, toy_config, tmp_path):

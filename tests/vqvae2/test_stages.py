@@ -254,7 +254,7 @@ def train_autoencoder(num_devices, accumulation):
     for index in range(4):
         batch = data.train_batch(source, 0, index, settings.batch_size, sharding.over_batch(mesh))
         current, report = step(current, batch)
-        losses.append(float(report.figures["objective"]))
+        losses.append(float(report.figures["objective"][0]))
     return jax.device_get(current["extra"]["codebooks"]), losses
 
 

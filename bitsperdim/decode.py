@@ -1,0 +1,203 @@
+"""Compressed images as people have them, to uint8 arrays of one size: PNG, JPEG, WebP, BMP and TIFF.
+
+In this order: 16 bits reduced to 8 where that is allowed, the rotation of EXIF applied, palettes expanded, alpha
+composed on white, CMYK converted, grey or colour, one window of the target's aspect resampled to the target. Of
+animated and multi-page files the first frame is taken. Colour profiles are not applied.
+
+JPEG files at least four times as large as the target are decoded at a half, quarter or eighth of their size (still
+twice the target) before Lanczos resampling: faster, and a few levels away from the full decoding at sharp edges.
+'area' always decodes in full, so that shrinking to a half, a third, ... takes the exact means of pixel blocks.
+
+Not here: where the bytes come from (`folder_source.py`, `tfds_source.py`), and the cache and threads (`encoded.py`).
+"""
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
+MODES = {1: "L", 3: "RGB"}
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Preparation(NamedTuple):
+    """What becomes of an image of any size."""
+
+    height: int  # of the result; 0: as stored
+    width: int
+    channels: int  # 1: grey, 3: colour
+    resize: str = "cover"  # 'cover': the largest window that the image holds; 'none': a window of the target's own size
+    resampling: str = "lanczos"  # or 'area'
+    upscale: bool = False  # whether images smaller than the target are enlarged; else they are refused
+    reduce_16_bit: bool = False  # whether 16-bit images are reduced to their high bytes; else they are refused
+    upright: bool = True  # whether the rotation of EXIF is applied
+
+
+class Stored(NamedTuple):
+    """An image as its file has it, upright."""
+
+    height: int
+    width: int
+    is_16_bit: bool
+
+
+class Unreadable(ValueError):
+    """Bytes that are not one whole image. The message follows a file's name: 'is empty'."""
+
+
+class Unfit(ValueError):
+    """A sound image that the preparation refuses. The message follows a file's name, and has the remedy."""
+
+
+def decode(content: bytes, preparation: Preparation, draw: int | None = None) -> UInt8[np.ndarray, "h w c"]:
+    """The image in `content`, prepared. Raises `Unreadable` and `Unfit`.
+
+    The window lies in the centre, or where the 64 random bits of `draw` put it.
+    """
+    try:
+        image = _open(content)
+        check_depth(_is_16_bit(image), preparation)
+        _draft(image, preparation)
+        image.load()
+        image = _in_colours(_turned(image) if preparation.upright else image, MODES[preparation.channels])
+    except Unfit:
+        raise
+    except Exception as error:  # the decoders raise anything
+        raise Unreadable(_reason(content, error)) from error
+    check_size(image.height, image.width, preparation)
+    pixels = np.array(_resampled(image, preparation, draw) if preparation.height else image)
+    return pixels.reshape(*pixels.shape[:2], preparation.channels)
+
+
+def inspect(content: bytes) -> Stored:
+    """Decodes the whole image, so that damage anywhere raises `Unreadable`."""
+    try:
+        image = _open(content)
+        width, height = image.size
+        is_16_bit = _is_16_bit(image)
+        image.draft(None, (1, 1))  # a JPEG's bits are all read, but an eighth of the pixels is enough
+        image.load()
+        is_turned = _orientation(image) > 4
+    except Exception as error:
+        raise Unreadable(_reason(content, error)) from error
+    return Stored(width, height, is_16_bit) if is_turned else Stored(height, width, is_16_bit)
+
+
+def check_size(height: int, width: int, preparation: Preparation) -> None:
+    """Raises `Unfit` where an upright image of this size would have to be enlarged, and may not be."""
+    if not preparation.upscale and (height < preparation.height or width < preparation.width):
+        raise Unfit(
+            f"is {height}x{width}, smaller than {preparation.height}x{preparation.width}; "
+            "set data.upscale=true or a smaller size"
+        )
+
+
+def check_depth(is_16_bit: bool, preparation: Preparation) -> None:
+    """Raises `Unfit` where 16 bits would have to be reduced, and may not be."""
+    if is_16_bit and not preparation.reduce_16_bit:
+        raise Unfit("has 16 bits a channel; set data.reduce_16_bit=true")
+
+
+def window(
+    height: int, width: int, preparation: Preparation, draw: int | None
+) -> tuple[float, float, float, float, float]:
+    """(left, top, right, bottom) in pixels of the image, and how many of them make a pixel of the target."""
+    scale = min(width / preparation.width, height / preparation.height)
+    if preparation.resize == "none":
+        scale = min(scale, 1.0)
+    across, down = preparation.width * scale, preparation.height * scale
+    left = _offset(width - across, None if draw is None else draw >> 32, whole=scale == 1)
+    top = _offset(height - down, None if draw is None else draw & 0xFFFFFFFF, whole=scale == 1)
+    return left, top, min(left + across, width), min(top + down, height), scale
+
+
+def _offset(free: float, word: int | None, whole: bool) -> float:
+    """Half of the `free` pixels, or a uniform share of them from 32 random bits."""
+    if word is None:
+        return free // 2 if whole else free / 2
+    share = word / 2**32
+    return int(share * (free + 1)) if whole else share * free
+
+
+def _resampled(image: Image.Image, preparation: Preparation, draw: int | None) -> Image.Image:
+    left, top, right, bottom, scale = window(image.height, image.width, preparation, draw)
+    if all(value == int(value) for value in (left, top, scale)) and (scale == 1 or preparation.resampling == "area"):
+        # Pixels as they are, or means rounded once; `resize` rounds after each of its two passes.
+        return image.reduce(int(scale), (int(left), int(top), round(right), round(bottom)))
+    size = (preparation.width, preparation.height)
+    return image.resize(size, RESAMPLING[preparation.resampling], box=(left, top, right, bottom))
+
+
+def _open(content: bytes) -> ImageFile.ImageFile:
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    if image.mode in ("I", "F"):
+        raise OSError("32 bits a channel")
+    return image
+
+
+def _is_16_bit(image: ImageFile.ImageFile) -> bool:
+    """To be asked before loading. Pillow reduces 16-bit colour by itself; only the layout of the bytes tells."""
+    layouts = [tile.args if isinstance(tile.args, str) else (tile.args or ("",))[0] for tile in image.tile]
+    # In BMP the same number is the bits of all colours together.
+    return image.format in ("PNG", "TIFF") and any("16" in str(layout) for layout in layouts)
+
+
+def _draft(image: Image.Image, preparation: Preparation) -> None:
+    if preparation.height and preparation.resize == "cover" and preparation.resampling == "lanczos":
+        edge = 2 * max(preparation.height, preparation.width)  # either may be across: EXIF may turn the image
+        image.draft(None, (edge, edge))
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 .. 8, as EXIF counts. To be asked after loading: Pillow turns TIFF files while it loads them."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    orientation = _orientation(image)
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def _in_colours(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    if image.mode not in ("L", "1"):
+        image = image.convert("RGB")
+    return image.convert(mode)
+
+
+def _reason(content: bytes, error: Exception) -> str:
+    """Why it cannot be read, to follow the name of the file."""
+    if not content:
+        return "is empty (0 bytes)"
+    if len(content) < _declared_bytes(content):
+        return f"is truncated (read {len(content):,} of {_declared_bytes(content):,} bytes)"
+    if isinstance(error, UnidentifiedImageError):
+        return "is not an image in PNG, JPEG, WebP, BMP or TIFF format"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"is too large ({str(error).split(',')[0]})"
+    if "truncated" in str(error).lower():
+        return f"is truncated (its {len(content):,} bytes end within the image)"
+    return f"cannot be decoded ({error})"
+
+
+def _declared_bytes(content: bytes) -> int:
+    """How long a WebP or BMP file says that it is; 0 for the formats that do not say."""
+    if content[:4] == b"RIFF":
+        return 8 + int.from_bytes(content[4:8], "little")
+    return int.from_bytes(content[2:6], "little") if content[:2] == b"BM" else 0

@@ -1,0 +1,132 @@
+"""What is in a folder of images: every file is decoded once, and what was found is kept until the file changes.
+
+A file is looked at again when its name, its size or its time of change is new. Files and folders whose names begin with
+a dot are left alone, and so are files that do not end like an image; both are counted. Links are followed.
+
+Not here: which images make a split and what becomes of them (`folder_source.py`).
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from bitsperdim import cache, metrics
+from bitsperdim.decode import Stored, Unreadable, inspect
+from bitsperdim.errors import InputError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SCAN_FORMAT = 1  # raise when the meaning of `Picture` changes
+BLOCK = 256  # files looked at between two steps of the progress bar
+
+
+class Picture(NamedTuple):
+    """A file that ends like an image."""
+
+    name: str  # relative to the folder, with '/' on every system
+    num_bytes: int
+    modified_ns: int
+    digest: str  # of the content
+    height: int  # upright, as EXIF says; 0 where the file cannot be read
+    width: int
+    is_16_bit: bool
+    problem: str  # why it cannot be read, to follow its name; '' where it can
+
+
+class Scan(NamedTuple):
+    """The pictures of a folder in the order of their names, and how many files were left alone."""
+
+    pictures: tuple[Picture, ...]
+    num_hidden: int
+    num_others: int
+
+
+class _File(NamedTuple):
+    name: str
+    num_bytes: int
+    modified_ns: int
+
+
+def scan(folder: pathlib.Path, cache_dir: pathlib.Path, threads: int) -> Scan:
+    """Looks at the files of `folder` and below that are new or changed since the last time.
+
+    `InputError` where there is no such folder, or no image in it; an unreadable image is part of the result.
+    """
+    files, num_hidden, num_others = _listing(folder)
+    if not files:
+        others = f" ({num_others:,} other files)" if num_others else ""
+        raise InputError(f"there are no images in {folder}{others}; they end in {', '.join(ENDINGS)}")
+    place = cache_dir / f"{cache.entry_name(f'scan of {folder.name}', SCAN_FORMAT, os.path.realpath(folder))}.json"
+    known = _load(place)
+    fresh = [file for file in files if known.get(file.name, ())[:3] != file]
+    known |= {picture.name: picture for picture in _looked_at(folder, fresh, threads)}
+    pictures = tuple(known[file.name] for file in files)
+    if fresh or len(known) != len(pictures):
+        cache.write_bytes(place, json.dumps(pictures).encode())
+    return Scan(pictures, num_hidden, num_others)
+
+
+def _listing(folder: pathlib.Path) -> tuple[list[_File], int, int]:
+    """The files that end like images, by name; the numbers of hidden files and folders, and of other files."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; set data.path (and data.evaluation_path) to a folder of images")
+    found, num_hidden, num_others, seen = [], 0, 0, set()
+    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder above
+            subfolders.clear()
+            continue
+        seen.add(real)
+        num_hidden += sum(name.startswith(".") for name in [*subfolders, *names])
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        visible = [name for name in names if not name.startswith(".")]
+        images = [name for name in visible if name.lower().endswith(ENDINGS)]
+        num_others += len(visible) - len(images)
+        found += [pathlib.Path(place, name) for name in images]
+    return sorted(_file(folder, path) for path in found), num_hidden, num_others
+
+
+def _raise(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be listed ({error.strerror}); make it readable or remove it") from error
+
+
+def _file(folder: pathlib.Path, path: pathlib.Path) -> _File:
+    try:
+        status = path.stat()
+    except OSError:  # a broken link: reading it will say so
+        return _File(path.relative_to(folder).as_posix(), 0, 0)
+    return _File(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns)
+
+
+def _load(place: pathlib.Path) -> dict[str, Picture]:
+    """What is known of each name; nothing where it was not kept, or cannot be read."""
+    try:
+        return {values[0]: Picture(*values) for values in json.loads(place.read_bytes())}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _looked_at(folder: pathlib.Path, files: list[_File], threads: int) -> Iterator[Picture]:
+    if not files:
+        return
+    progress = metrics.counting(f"looking at {folder} (once)", len(files))
+    with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
+        for start in range(0, len(files), BLOCK):
+            block = files[start : start + BLOCK]
+            yield from pool.map(functools.partial(_look_at, folder), block)
+            progress(start + len(block))
+
+
+def _look_at(folder: pathlib.Path, file: _File) -> Picture:
+    try:
+        content = (folder / file.name).read_bytes()
+    except OSError as error:
+        return Picture(*file, "", 0, 0, False, f"cannot be read ({error.strerror})")
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    try:
+        return Picture(*file, digest, *inspect(content), "")
+    except Unreadable as error:
+        return Picture(*file, digest, *Stored(0, 0, False), str(error))

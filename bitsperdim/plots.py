@@ -1,0 +1,52 @@
+"""Curves of a stage as a picture: every logged figure over the steps, training beside evaluation.
+
+Not here: grids of images (`images.py`).
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from jaxtyping import UInt8
+
+COLUMNS = 3
+# Drawn beside what they belong to, or of no use as a curve.
+HIDDEN = ("step", "kind", "images", "non_finite_in_a_row")
+
+
+def curves(records: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
+    """One panel per figure of `metrics.read`, in the order in which they were logged; standard errors are left out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import, for those who only sample
+    from matplotlib.figure import Figure
+
+    names = [name for name in dict.fromkeys(name for record in records for name in record) if _is_shown(name)]
+    rows = max(1, -(-len(names) // COLUMNS))
+    figure = Figure(figsize=(4 * COLUMNS, 2.6 * rows), dpi=100, layout="constrained")
+    panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    for panel, name in zip(panels, names, strict=False):
+        for kind, marker in (("train", ""), ("evaluation", "o")):
+            points = [(record["step"], record[name]) for record in records if record["kind"] == kind and name in record]
+            points = [(step, value) for step, value in points if value is not None]
+            if points:
+                panel.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=kind)
+        panel.set_title(name, fontsize=9)
+        panel.tick_params(labelsize=7)
+        panel.grid(alpha=0.3)
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
+    if names:
+        panels[0].legend(fontsize=7)
+    return _render(FigureCanvasAgg(figure))
+
+
+def _is_shown(name: str) -> bool:
+    return name not in HIDDEN and not name.endswith("_standard_error")
+
+
+def _render(canvas: Any) -> UInt8[np.ndarray, "h w 3"]:
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    buffer.seek(0)
+    return np.asarray(PIL.Image.open(buffer).convert("RGB"))

@@ -1,0 +1,172 @@
+"""Decoded images against the arrays that were written, and resampling against what is known of it."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bitsperdim import decode
+from bitsperdim.decode import Preparation
+
+AS_STORED = Preparation(0, 0, 3)
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def written(image, kind="PNG", **options):
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})],
+)
+def test_lossless_formats_give_back_their_pixels(kind, options):
+    pixels = noise(9, 14, 3)
+    np.testing.assert_array_equal(decode.decode(written(pixels, kind, **options), AS_STORED), pixels)
+
+
+def test_a_bmp_of_16_bits_for_all_colours_together_is_not_a_16_bit_image():
+    values = np.array([[0xF800, 0x07E0], [0x001F, 0xFFFF]], "<u2")  # red, green; blue, white: 5, 6 and 5 bits
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    header = struct.pack("<IiiHHIIiiII", 40, 2, -2, 1, 16, 3, values.nbytes, 0, 0, 0, 0) + masks
+    content = b"BM" + struct.pack("<IHHI", 14 + len(header) + values.nbytes, 0, 0, 14 + len(header)) + header
+    pixels = [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 255)]]
+    np.testing.assert_array_equal(decode.decode(content + values.tobytes(), AS_STORED), pixels)
+
+
+def test_jpeg_is_near_its_smooth_pixels():
+    rows, columns = np.mgrid[:48, :80]
+    pixels = np.stack([4 * rows, 3 * columns, rows + columns], axis=-1).astype(np.uint8)
+    assert np.abs(decode.decode(written(pixels, "JPEG", quality=95), AS_STORED).astype(int) - pixels).max() < 12
+
+
+def test_grey_is_one_channel_of_colour_and_the_luma_of_colours():
+    grey, colour = noise(6, 5), noise(6, 5, 3)
+    np.testing.assert_array_equal(decode.decode(written(grey), AS_STORED), np.repeat(grey[..., None], 3, axis=-1))
+    got = decode.decode(written(colour), AS_STORED._replace(channels=1))
+    assert got.shape == (6, 5, 1)
+    np.testing.assert_allclose(got[..., 0], colour @ [0.299, 0.587, 0.114], atol=0.51)
+
+
+def test_equal_sizes_are_untouched_by_every_way_of_resizing():
+    pixels = noise(12, 10, 3)
+    for resampling in decode.RESAMPLING:
+        for resize in ("cover", "none"):
+            preparation = Preparation(12, 10, 3, resize, resampling)
+            np.testing.assert_array_equal(decode.decode(written(pixels), preparation, draw=2**63), pixels)
+
+
+def test_area_takes_exact_means_of_blocks():
+    pixels = noise(24, 36, 3)
+    blocks = pixels.reshape(6, 4, 9, 4, 3).mean((1, 3))
+    got = decode.decode(written(pixels), Preparation(6, 9, 3, resampling="area"))
+    np.testing.assert_array_equal(got, np.floor(blocks + 0.5))
+
+
+@pytest.mark.parametrize("resampling", ["lanczos", "area"])
+@pytest.mark.parametrize("shape", [(60, 90), (60, 40), (45, 45)])
+def test_the_window_is_the_largest_of_the_targets_aspect_and_lies_in_the_centre(shape, resampling):
+    # A ramp stays a ramp under antialiased resampling, so its values tell where every pixel comes from.
+    height, width = shape
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    ramp = np.stack([2 * rows, 2 * columns, 0 * rows + 77], axis=-1).astype(np.uint8)
+    got = decode.decode(written(ramp), Preparation(20, 20, 3, resampling=resampling)).astype(float)
+    scale = min(height, width) / 20
+    expected = (np.arange(20) - 9.5) * scale
+    inner = slice(3, -3)  # at the border the filter has less than its support
+    np.testing.assert_allclose(got[inner, :, 0], np.tile(expected[inner, None] * 2 + height, 20), atol=1.1)
+    np.testing.assert_allclose(got[:, inner, 1], np.tile(expected[None, inner] * 2 + width, (20, 1)), atol=1.1)
+    assert (got[..., 2] == 77).all()
+
+
+def test_pixels_as_stored_are_cropped_at_every_offset_that_exists():
+    rows, columns = np.mgrid[:7, :9]
+    pixels = np.stack([rows, columns, 0 * rows], axis=-1).astype(np.uint8)
+    preparation = Preparation(4, 4, 3, resize="none")
+    np.testing.assert_array_equal(decode.decode(written(pixels), preparation), pixels[1:5, 2:6])
+    draws = np.random.default_rng(0).integers(0, 2**64, 600, np.uint64).tolist()
+    corners = []
+    for draw in [*draws, 0, 2**64 - 1]:
+        got = decode.decode(written(pixels), preparation, draw)
+        top, left = got[0, 0, :2]
+        np.testing.assert_array_equal(got, pixels[top : top + 4, left : left + 4])
+        corners.append((top, left))
+    counts = np.unique(corners, axis=0, return_counts=True)[1]
+    assert len(counts) == 4 * 6 and counts.min() > 8  # 25 expected of each
+    assert corners[-2:] == [(0, 0), (3, 5)]
+
+
+def test_random_windows_of_shrunk_images_slide_along_the_longer_side():
+    columns = np.broadcast_to(np.arange(200)[None, :, None], (50, 200, 3)).astype(np.uint8)
+    lefts = [decode.window(50, 200, Preparation(25, 25, 3), draw)[:2] for draw in (0, 2**63, 2**64 - 1)]
+    np.testing.assert_allclose(lefts, [(0, 0), (75, 0), (150, 0)], atol=1e-6)
+    got = decode.decode(written(columns), Preparation(25, 25, 3), draw=2**63)
+    np.testing.assert_allclose(got[:, 3:-3, 0], np.tile(75 + 2 * np.arange(25)[3:-3] + 0.5, (25, 1)), atol=1.1)
+
+
+def test_every_way_of_reading_less_of_a_large_jpeg_stays_near_the_whole():
+    rows, columns = np.mgrid[:640, :960] / 640
+    smooth = 127 + 60 * np.sin(9 * rows)[..., None] + 60 * np.cos(7 * columns[..., None] + np.arange(3))
+    content = written(smooth.astype(np.uint8), "JPEG", quality=92)
+    whole = np.asarray(
+        Image.open(io.BytesIO(content)).resize((32, 32), Image.Resampling.LANCZOS, box=(160, 0, 800, 640))
+    )
+    got = decode.decode(content, Preparation(32, 32, 3))
+    assert np.abs(got.astype(int) - whole).max() <= 3
+
+
+def test_smaller_images_are_enlarged_only_where_that_is_asked():
+    flat = np.full((5, 8, 3), (10, 200, 30), np.uint8)
+    with pytest.raises(decode.Unfit, match="is 5x8, smaller than 6x6; set data"):
+        decode.decode(written(flat), Preparation(6, 6, 3))
+    for resize in ("cover", "none"):
+        got = decode.decode(written(flat), Preparation(6, 6, 3, resize=resize, upscale=True))
+        np.testing.assert_array_equal(got, np.broadcast_to(flat[0, 0], (6, 6, 3)))
+
+
+def cut(content, share):
+    return content[: int(len(content) * share)]
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", "is empty (0 bytes)"),
+        (b"not an image at all", "is not an image in PNG, JPEG, WebP, BMP or TIFF format"),
+        (written(noise(8, 8), "GIF"), "is not an image in PNG, JPEG, WebP, BMP or TIFF format"),
+        (cut(written(noise(32, 32, 3), "BMP"), 0.5), "is truncated (read 1,563 of 3,126 bytes)"),
+        (cut(written(noise(32, 32, 3), "PNG"), 0.5), "is truncated (its 1,586 bytes end within the image)"),
+        (
+            written(Image.new("1", (20000, 10000))),
+            "is too large (Image size (200000000 pixels) exceeds limit of 178956970 pixels)",
+        ),
+        (written(Image.new("F", (4, 4)), "TIFF"), "cannot be decoded (32 bits a channel)"),
+    ],
+    ids=["empty", "text", "gif", "bmp", "png", "huge", "float"],
+)
+def test_bytes_that_are_no_whole_image_say_why(content, reason):
+    for read in (lambda: decode.decode(content, AS_STORED), lambda: decode.inspect(content)):
+        with pytest.raises(decode.Unreadable) as caught:
+            read()
+        assert str(caught.value).startswith(reason.rstrip(")"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF", "PNG"])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_truncated_images_of_every_format_are_unreadable(kind, share):
+    with pytest.raises(decode.Unreadable, match=r"truncated|cannot be decoded|is not an image"):
+        decode.inspect(cut(written(noise(64, 64, 3), kind), share))
+
+
+def test_inspection_finds_the_upright_size_of_a_jpeg():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode.inspect(written(noise(50, 300, 3), "JPEG", exif=exif)) == (300, 50, False)
+    assert decode.inspect(written(noise(50, 300, 3), "JPEG")) == (50, 300, False)
