@@ -262,6 +262,15 @@ def _global_batch(
     read: Callable[[np.ndarray], dict[str, np.ndarray]], batch_size: int, sharding: NamedSharding
 ) -> dict[str, jax.Array]:
     """Global arrays [batch_size, ...] of which `read(rows)` gives the rows that this host's devices hold, each once."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(read(np.arange(batch_size)), sharding)  # one call, not one a field
+    return _from_this_host(read, batch_size, sharding)
+
+
+def _from_this_host(
+    read: Callable[[np.ndarray], dict[str, np.ndarray]], batch_size: int, sharding: NamedSharding
+) -> dict[str, jax.Array]:
+    """This host's part of the global arrays."""
     everywhere = sharding.devices_indices_map((batch_size,))
     slices = {device: index[0] for device, index in everywhere.items() if device in sharding.addressable_devices}
     held = np.zeros(batch_size, bool)

@@ -26,6 +26,7 @@ from bitsperdim.sources import Source
 Shape = tuple[int, int, int]  # height, width, channels
 SMALL = 64 * 64 * 3  # bytes of an image that is always kept decoded
 CHUNK_IMAGES, CHUNK_BYTES = 500, 2**26  # decoded between two lines of progress, whichever is less
+TASK = 8  # images that a thread decodes in one go
 
 
 class Encoded(NamedTuple):
@@ -104,7 +105,8 @@ def _decoded_at_each_reading(encoded: Encoded, shape: Shape, storage: Storage) -
 
 def _chunks(encoded: Encoded, shape: Shape, threads: int) -> Iterator[cache.Chunk]:
     step = max(1, min(CHUNK_IMAGES, CHUNK_BYTES // math.prod(shape)))
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+    # Threads that decode tiny images spend their time waiting for Python's lock.
+    with ThreadPoolExecutor(1 if math.prod(shape) <= SMALL else threads, thread_name_prefix="decode") as pool:
         for start in range(0, encoded.size, step):
             indices = range(start, min(start + step, encoded.size))
             yield _decode_all(encoded, shape, indices, itertools.repeat(None), pool)
@@ -114,8 +116,11 @@ def _decode_all(
     encoded: Encoded, shape: Shape, indices: Iterable[int], draws: Iterable[int | None], pool: ThreadPoolExecutor
 ) -> cache.Chunk:
     """The first image that cannot be taken, in the order of `indices`, is the one that is named."""
-    decoded = pool.map(lambda index, draw: _decode_one(encoded, shape, index, draw), indices, draws)
-    images, labels = zip(*decoded, strict=True)
+    pairs = list(zip(indices, draws, strict=False))
+    # Several images a task: handing a tiny one to a thread takes longer than decoding it.
+    tasks = [pairs[start : start + TASK] for start in range(0, len(pairs), TASK)]
+    decode_task = lambda task: [_decode_one(encoded, shape, index, draw) for index, draw in task]
+    images, labels = zip(*itertools.chain.from_iterable(pool.map(decode_task, tasks)), strict=True)
     return cache.Chunk(np.stack(images), np.array(labels, np.int32))
 
 

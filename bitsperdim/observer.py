@@ -53,10 +53,14 @@ class Observer:
         if done % config.log_every == 0 or last:
             self._log(done)
         evaluates, draws = done % config.evaluate_every == 0 or last, done % config.pictures_every == 0 or last
-        figures = self._evaluate(done, state) if evaluates else {}
-        if draws:
-            self._draw(done, state)
+        figures: dict[str, float] = {}
         if evaluates or draws:
+            with jax.transfer_guard(
+                "allow"
+            ):  # the loop forbids what is not asked for; pictures come and go as they like
+                figures = self._evaluate(done, state) if evaluates else {}
+                if draws:
+                    self._draw(done, state)
             self._throughput.restart(done)
         return figures
 
@@ -72,14 +76,13 @@ class Observer:
 
     def _log(self, done: int) -> None:
         # Averages over every step since the last log, fetched at once: a fetch per step would stall the device.
-        window = jax.device_get(self._window)
+        reports = [(report.parts, report.tallies) for report in self._window]
+        reports, figures = jax.device_get((reports, self._window[-1].figures))
         self._window = []
         over = lambda reduce: lambda *values: reduce(np.concatenate(values), axis=0)
-        means = {
-            name: float(v) for name, v in jax.tree.map(over(np.mean), *[report.parts for report in window]).items()
-        }
-        tallies = jax.tree.map(over(np.sum), *[report.tallies for report in window])
-        figures = {name: float(values[-1]) for name, values in window[-1].figures.items()}
+        means = {name: float(v) for name, v in jax.tree.map(over(np.mean), *[parts for parts, _ in reports]).items()}
+        tallies = jax.tree.map(over(np.sum), *[tallies for _, tallies in reports])
+        figures = {name: float(values[-1]) for name, values in figures.items()}
         rate = self._throughput.read(done)
         summary = self._model.summarize(means, tallies)
         self._console.progress(done, {name: summary[name] for name in list(summary)[:2]}, rate)

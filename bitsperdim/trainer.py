@@ -87,10 +87,11 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
         batch = lambda index: data.train_batch(sources["train"], seed, index, config.batch_size, over_batch)
         make = lambda dispatch: [batch(index) for index in range(dispatch * each, (dispatch + 1) * each)]
         ahead = data.prefetch(make, start // each, config.steps // each)
-        with contextlib.closing(observer), contextlib.closing(ahead) as dispatches:
+        # Guarded, since a copy between host and devices that nobody asked for would stall every step.
+        guard = jax.transfer_guard("disallow")
+        with contextlib.closing(observer), contextlib.closing(ahead) as dispatches, guard:
             for done, batches in zip(range(start + each, config.steps + 1, each), dispatches, strict=True):
-                with jax.transfer_guard("disallow"):  # a copy that nobody asked for would stall every step
-                    state, report = step(state, *batches)
+                state, report = step(state, *batches)
                 figures = observer.after_step(done, state, report)
                 if done % config.save_every == 0 or done == config.steps or signals.received is not None:
                     checkpoints.save(done, state, figures)
