@@ -9,6 +9,11 @@ from typing import IO
 from etils import epath
 
 
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is in an object store ('gs://...'), which cannot append to a file or map it into memory."""
+    return "://" in os.fspath(path)
+
+
 def write_bytes(path: epath.Path, content: bytes) -> None:
     """Makes `content` the content of `path`, at once, and waits until it is on the disk.
 

@@ -25,6 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
+from bitsperdim import atomic
 from bitsperdim import manifest as manifest_lib
 from bitsperdim.errors import InputError
 from bitsperdim.manifest import Damaged, Manifest
@@ -285,7 +286,7 @@ def _from_first_host(function: Callable[[], int]) -> int:
 
 def _absolute(folder: epath.Path) -> epath.Path:
     """Orbax wants absolute paths; 'gs://bucket/...' is one, though `resolve` does not know it."""
-    return folder if "://" in os.fspath(folder) else folder.resolve()
+    return folder if atomic.is_remote(folder) else folder.resolve()
 
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:

@@ -36,14 +36,21 @@ class Writer:
         self._board = _summary_writer(self._path.parent, step) if tensorboard else None
         self._path.parent.mkdir(parents=True, exist_ok=True)
         truncate(self._path, step)
-        self._file = self._path.open("a")
+        # An object store cannot append: there the whole file, which is small, is written again.
+        self._text = self._path.read_text() if self._path.exists() else ""
+        self._file = None if atomic.is_remote(self._path) else self._path.open("a")
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """One line, handed to the system at once. Values that are not finite become null: JSON has no NaN."""
         numbers = {key: float(value) for key, value in values.items()}
         finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
-        self._file.write(json.dumps({"step": step, "kind": kind, **finite}, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, "kind": kind, **finite}, allow_nan=False) + "\n"
+        if self._file is None:
+            self._text += line
+            self._path.write_text(self._text)
+        else:
+            self._file.write(line)
+            self._file.flush()
         if self._board is not None:
             for key, value in finite.items():
                 if value is None:
@@ -51,7 +58,8 @@ class Writer:
                 self._board.add_scalar(f"{kind}/{key}", value, step)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

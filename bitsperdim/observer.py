@@ -50,17 +50,19 @@ class Observer:
             jax.block_until_ready(report)
             self._throughput.restart(done)
             self._compiled = True
-        if done % config.log_every == 0 or last:
-            self._log(done)
-        evaluates, draws = done % config.evaluate_every == 0 or last, done % config.pictures_every == 0 or last
+        logs, evaluates, draws = (
+            done % every == 0 or last for every in (config.log_every, config.evaluate_every, config.pictures_every)
+        )
         figures: dict[str, float] = {}
-        if evaluates or draws:
-            with jax.transfer_guard(
-                "allow"
-            ):  # the loop forbids what is not asked for; pictures come and go as they like
-                figures = self._evaluate(done, state) if evaluates else {}
+        if logs or evaluates or draws:
+            with jax.transfer_guard("allow"):  # the loop forbids what a step did not ask for; figures come and go
+                if logs:
+                    self._log(done)
+                if evaluates:
+                    figures = self._evaluate(done, state)
                 if draws:
                     self._draw(done, state)
+        if evaluates or draws:
             self._throughput.restart(done)
         return figures
 

@@ -8,7 +8,9 @@ Source: Razavi et al. 2019, algorithm 2. A prior refuses codes of another autoen
 """
 
 import hashlib
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 
 import jax
@@ -18,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from bitsperdim import data, sharding, trainer
+from bitsperdim import atomic, cache, data, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.data import Source
 from bitsperdim.errors import InputError
@@ -69,7 +71,7 @@ def open_codes(run: Run, split: str) -> Source:
     info = run_lib.read_json(run.folder("codes") / "info.json")
     if info["autoencoder_step"] != trainer.restored_step(run, "autoencoder"):
         raise _of_another(run, info["autoencoder_step"], trainer.restored_step(run, "autoencoder"))
-    folder = run.folder("codes") / split
+    folder = _at_hand(run, split, info["fingerprint"])
     arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("*.npy"))}
     size, *grid = arrays["bottom"].shape
 
@@ -105,12 +107,27 @@ def _of_another(run: Run, then: int, now: int) -> InputError:
     )
 
 
+def _at_hand(run: Run, split: str, fingerprint: str) -> epath.Path:
+    """The folder of a split; for a remote run a copy in the cache, since only local files can be mapped into memory."""
+    folder = run.folder("codes") / split
+    if not atomic.is_remote(folder):
+        return folder
+    copy = epath.Path(cache.location(run.config.data.cache_dir)) / f"codes-{split}-{fingerprint[:12]}"
+    copy.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.npy"):
+        if not (copy / path.name).exists():
+            path.copy(copy / f"{path.name}.{os.getpid()}.partial", overwrite=True).replace(copy / path.name)
+    return copy
+
+
 class _Writer:
-    """Arrays of one split, written beside their place and moved there when they are whole."""
+    """Arrays of one split, written beside their place (for a remote run: here) and moved there when they are whole."""
 
     def __init__(self, folder: epath.Path, size: int) -> None:
         self._folder, self._size, self._done = folder, size, 0
         self._partial = folder.parent / f"{folder.name}.partial"
+        if atomic.is_remote(folder):
+            self._partial = epath.Path(tempfile.mkdtemp(prefix="codes-"))
         self._arrays: dict[str, np.memmap] = {}
         if jax.process_index() == 0:
             shutil.rmtree(self._partial, ignore_errors=True)
@@ -133,5 +150,11 @@ class _Writer:
             array.flush()
         self._arrays = {}
         if jax.process_index() == 0:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._partial.replace(self._folder)
+            if self._folder.exists():
+                self._folder.rmtree()
+            if atomic.is_remote(self._folder):
+                for path in self._partial.iterdir():
+                    path.copy(self._folder / path.name)
+                self._partial.rmtree()
+            else:
+                self._partial.replace(self._folder)
