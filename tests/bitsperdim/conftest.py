@@ -15,18 +15,6 @@ TOY = pathlib.Path(__file__).resolve().parents[1] / "toy"
 sys.path.insert(0, str(TOY))  # so that `toy_family` is importable, as an installed family is
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compile_once(tmp_path_factory):
-    """The same program is compiled once a session, in child processes too, as the scripts do between runs."""
-    folder = tmp_path_factory.mktemp("xla")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
-
-
 @pytest.fixture(scope="session")
 def toy_config():
     """`toy_config({"train.steps": 3})` -> the config of the toy family with some values replaced."""
