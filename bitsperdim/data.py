@@ -55,6 +55,7 @@ class DataConfig:
     image_height: int = 0  # both instead of image_size, where the image is not square
     image_width: int = 0
     channels: int = 0  # 1 (grey) | 3 (colour); 0: what a TFDS data set declares, 3 for a folder
+    crop_box: tuple[int, ...] = ()  # (left, top, right, bottom) in stored pixels, cut out before resizing
     resize: str = "cover"  # 'cover': shrink until the image just covers the target | 'none': crop pixels as stored
     resampling: str = "lanczos"  # | 'area': means of pixel blocks
     train_crop: str = "centre"  # | 'random': another window in every epoch; evaluation is always at the centre
@@ -120,6 +121,11 @@ def _check_preparation(config: DataConfig) -> None:
     """How images are brought to the target."""
     if config.channels not in (0, 1, 3):
         raise ValueError(f"channels must be 0 (as declared), 1 or 3, not {config.channels}")
+    box = config.crop_box
+    if box and (len(box) != 4 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3])):
+        raise ValueError(f"crop_box must be (left, top, right, bottom) or (), not {box}")
+    if box and config.source not in ("tfds", "folder"):
+        raise ValueError(f"crop_box must be () where the source is '{config.source}', not {box}")
     _check_choice(config, "resize", ("cover", "none"))
     _check_choice(config, "resampling", decode.RESAMPLING)
     _check_choice(config, "train_crop", ("centre", "random"))
@@ -172,6 +178,7 @@ def _preparation(config: DataConfig) -> Preparation:
         resampling=config.resampling,
         upscale=config.upscale,
         reduce_16_bit=config.reduce_16_bit,
+        box=config.crop_box,
     )
 
 

@@ -43,6 +43,7 @@ class Preparation(NamedTuple):
     upscale: bool = False  # whether images smaller than the target are enlarged; else they are refused
     reduce_16_bit: bool = False  # whether 16-bit images are reduced to their high bytes; else they are refused
     upright: bool = True  # whether the rotation of EXIF is applied
+    box: tuple[int, ...] = ()  # (left, top, right, bottom), cut out before anything is resized; (): the whole image
 
 
 class Stored(NamedTuple):
@@ -77,6 +78,7 @@ def decode(content: bytes, preparation: Preparation, draw: int | None = None) ->
     except Exception as error:  # the decoders raise anything
         raise Unreadable(_reason(content, error)) from error
     check_size(image.height, image.width, preparation)
+    image = image.crop(preparation.box) if preparation.box else image
     pixels = np.array(_resampled(image, preparation, draw) if preparation.height else image)
     return pixels.reshape(*pixels.shape[:2], preparation.channels)
 
@@ -96,7 +98,12 @@ def inspect(content: bytes) -> Stored:
 
 
 def check_size(height: int, width: int, preparation: Preparation) -> None:
-    """Raises `Unfit` where an upright image of this size would have to be enlarged, and may not be."""
+    """Raises `Unfit` where an upright image of this size does not hold the box, or would have to be enlarged."""
+    if preparation.box:
+        left, top, right, bottom = preparation.box
+        if right > width or bottom > height:
+            raise Unfit(f"is {height}x{width}, too small for data.crop_box={preparation.box}")
+        height, width = bottom - top, right - left
     if not preparation.upscale and (height < preparation.height or width < preparation.width):
         raise Unfit(
             f"is {height}x{width}, smaller than {preparation.height}x{preparation.width}; "
@@ -155,6 +162,8 @@ def _is_16_bit(image: ImageFile.ImageFile) -> bool:
 
 
 def _draft(image: Image.Image, preparation: Preparation) -> None:
+    if preparation.box:  # counts in pixels of the full size
+        return
     if preparation.height and preparation.resize == "cover" and preparation.resampling == "lanczos":
         edge = 2 * max(preparation.height, preparation.width)  # either may be across: EXIF may turn the image
         image.draft(None, (edge, edge))

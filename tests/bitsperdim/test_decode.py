@@ -170,3 +170,14 @@ def test_inspection_finds_the_upright_size_of_a_jpeg():
     exif[0x0112] = 6
     assert decode.inspect(written(noise(50, 300, 3), "JPEG", exif=exif)) == (300, 50, False)
     assert decode.inspect(written(noise(50, 300, 3), "JPEG")) == (50, 300, False)
+
+
+def test_a_box_is_cut_out_of_the_stored_pixels_before_anything_is_resized():
+    pixels = noise(218, 178, 3)
+    boxed = AS_STORED._replace(box=(15, 40, 163, 188))
+    np.testing.assert_array_equal(decode.decode(written(pixels), boxed), pixels[40:188, 15:163])
+    means = pixels[40:188, 15:163].reshape(37, 4, 37, 4, 3).mean((1, 3))
+    shrunk = decode.decode(written(pixels), boxed._replace(height=37, width=37, resampling="area"))
+    np.testing.assert_array_equal(shrunk, np.floor(means + 0.5))
+    with pytest.raises(decode.Unfit, match=r"is 218x100, too small for data\.crop_box=\(15, 40, 163, 188\)"):
+        decode.decode(written(pixels[:, :100]), boxed)
