@@ -78,7 +78,7 @@ def decode(content: bytes, preparation: Preparation, draw: int | None = None) ->
     except Exception as error:  # the decoders raise anything
         raise Unreadable(_reason(content, error)) from error
     check_size(image.height, image.width, preparation)
-    image = image.crop(preparation.box) if preparation.box else image
+    image = image.crop(preparation.box) if preparation.box else image  # pyright: ignore[reportArgumentType]
     pixels = np.array(_resampled(image, preparation, draw) if preparation.height else image)
     return pixels.reshape(*pixels.shape[:2], preparation.channels)
 

@@ -128,22 +128,40 @@ def compiled(
 def _gradients(model: Model, accumulation: int, state: PyTree, batch: Batch, key: Array) -> tuple[Array, Aux, PyTree]:
     """Objective and gradients are means, tallies and statistics sums, over the micro-batches; parts are joined."""
     value_and_grad = jax.value_and_grad(model.loss, has_aux=True)
-    total = None
-    # A micro-batch takes every n-th example, so that each device cuts it from its own rows.
-    for i in range(accumulation):
-        micro = jax.tree.map(lambda leaf, i=i: leaf.reshape(-1, accumulation, *leaf.shape[1:])[:, i], batch)
+
+    def of(micro: Batch) -> tuple[Array, Aux, PyTree]:
         (objective, aux), gradients = value_and_grad(state["params"], state["extra"], micro, key, state["step"])
-        part = (objective / accumulation, aux, jax.tree.map(lambda leaf: leaf / accumulation, gradients))
-        total = part if total is None else _add(total, part)
-    assert total is not None
-    return total
+        return objective / accumulation, aux, jax.tree.map(lambda leaf: leaf / accumulation, gradients)
+
+    if accumulation == 1:
+        return of(batch)
+    # A micro-batch takes every n-th example, so that each device cuts it from its own rows.
+    micros = jax.tree.map(lambda leaf: leaf.reshape(-1, accumulation, *leaf.shape[1:]).swapaxes(0, 1), batch)
+    shapes = jax.eval_shape(of, _at(micros, 0))
+    total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _without_parts(shapes))
+    parts = []
+    if jax.default_backend() != "cpu":
+        total, parts = jax.lax.scan(lambda total, micro: _add(total, of(micro)), total, micros)
+    else:  # unrolled, as the steps of a dispatch; this backend then saves no memory
+        for i in range(accumulation):
+            total, values = _add(total, of(_at(micros, i)))
+            parts.append(values)
+        parts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    objective, aux, gradients = total
+    return objective, aux._replace(parts=jax.tree.map(jnp.ravel, parts)), gradients
 
 
-def _add(a: tuple[Array, Aux, PyTree], b: tuple[Array, Aux, PyTree]) -> tuple[Array, Aux, PyTree]:
-    add = lambda x, y: jax.tree.map(jnp.add, x, y)
-    parts = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a[1].parts, b[1].parts)
-    aux = Aux(parts, add(a[1].tallies, b[1].tallies), add(a[1].statistics, b[1].statistics))
-    return a[0] + b[0], aux, add(a[2], b[2])
+def _at(micros: Batch, index: int) -> Batch:
+    return jax.tree.map(lambda leaf: leaf[index], micros)
+
+
+def _add(total: tuple[Array, Aux, PyTree], new: tuple[Array, Aux, PyTree]) -> tuple[tuple[Array, Aux, PyTree], PyTree]:
+    """The sum but for the parts, which are handed on."""
+    return jax.tree.map(jnp.add, total, _without_parts(new)), new[1].parts
+
+
+def _without_parts(value: tuple[Array, Aux, PyTree]) -> tuple[Array, Aux, PyTree]:
+    return value[0], value[1]._replace(parts={}), value[2]
 
 
 def _skip_rule(config: TrainConfig, skips: PyTree, objective: Array, norm: Array) -> tuple[Array, PyTree]:
