@@ -19,4 +19,4 @@ def load(workdir: str | os.PathLike[str]) -> "Loaded":
     from bitsperdim import run, sharding  # not above: every module of the package imports this one first
 
     opened = run.open_run(workdir)
-    return opened.family.load(opened, sharding.make_mesh(opened.config.mesh))
+    return opened.family.load(opened, sharding.mesh_at_hand(opened.config.mesh))

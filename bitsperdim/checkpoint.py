@@ -114,16 +114,19 @@ class Checkpoints:
         folders = [path for path in self._folder.iterdir() if path.name.isdigit()]
         return sorted(int(path.name) for path in folders if (path / manifest_lib.FILE).exists())
 
+    def newest_whole(self) -> int:
+        """The newest step whose files are as they were written, 0 where there is none; names damage on stderr."""
+        return max(_from_first_host(self._newest_whole), 0)
+
     def best_step(self) -> int | None:
-        """The step with the best metric, the earliest of equals; None where no checkpoint has a finite one."""
+        """The step with the best metric, the earliest of equals; None where no whole checkpoint has a finite one."""
         if self._best is None:
             return None
         name, direction = self._best
         manifests = {step: _read(self._path(step)) for step in self.steps()}
         values = {step: found.metrics.get(name, math.nan) for step, found in manifests.items() if found is not None}
         finite = {step: value for step, value in values.items() if math.isfinite(value)}
-        pick = min if direction == "min" else max
-        return pick(finite, key=lambda step: finite[step], default=None)
+        return (min if direction == "min" else max)(finite, key=lambda step: finite[step], default=None)
 
     def wait(self) -> None:
         """Returns once no save is under way, on any host; raises what the last one met."""

@@ -5,8 +5,10 @@ Exit codes: 0 done, 2 bad input, 3 stopped by a signal and saved, 4 training sta
 
 import contextlib
 import dataclasses
+import errno
 import importlib.util
 import inspect
+import math
 import os
 import pathlib
 import sys
@@ -112,8 +114,10 @@ def _sample(argv: list[str]) -> None:
     flags.DEFINE_integer("label", None, "Class to sample; default: all classes in turn.", flag_values=values)
     flags.DEFINE_float("temperature", 1.0, "Of the priors; 0 is greedy.", lower_bound=0.0, flag_values=values)
     _parse(values, argv)
+    if not math.isfinite(values.temperature):
+        raise InputError(f"--temperature must be finite, not {values.temperature}")
     run = run_lib.open_run(_required(values, "workdir"))
-    loaded = run.family.load(run, sharding.make_mesh(run.config.mesh))
+    loaded = run.family.load(run, sharding.mesh_at_hand(run.config.mesh))
     start = time.perf_counter()
     pictures = loaded.sample(jax.random.key(values.seed), values.num, values.temperature, values.label)
     seconds = time.perf_counter() - start
@@ -165,12 +169,17 @@ def load_config(name: str) -> ConfigDict:
 
 def _pop_config(argv: list[str]) -> tuple[str, list[str]]:
     """The value of `--config=NAME` (or `--config NAME`), and the other arguments."""
-    rest = list(argv)
-    for i, argument in enumerate(argv):
-        if argument.startswith("--config="):
-            return rest.pop(i).removeprefix("--config="), rest
-        if argument == "--config" and i + 1 < len(argv):
-            return argv[i + 1], argv[:i] + argv[i + 2 :]
+    names, rest, arguments = [], [], iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            names.append(value if equals else next(arguments, ""))
+        else:
+            rest.append(argument)
+    if len(names) > 1:
+        raise InputError(f"--config is given {len(names)} times: {', '.join(names)}")
+    if names and names[0]:
+        return names[0], rest
     raise InputError(f"--config is missing; known are {', '.join(config_names())}, or give the path of a file")
 
 
@@ -219,7 +228,12 @@ def _script(main: Callable[[list[str]], None], help_text: str | None) -> None:
     _use_compilation_cache()
     try:
         main(argv)
-    except RunError as error:
+    except (RunError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = f" for {error.filename}" if error.filename else ""
+            error = InputError(f"{error.strerror}{where}; make room, then the same command goes on")
         if "--traceback" in sys.argv:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)

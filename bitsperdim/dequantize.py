@@ -5,8 +5,8 @@ Bethge 2016, eq. 4-6):
 
     log P(x) = log of the integral of p(x + u) over [0, 1)^D  >=  E_u log p(x + u)
 
-Everything takes the number of levels L of the source; nothing assumes 256. Not here: learned noise (the variational
-dequantization of `flows/`), and the sum over a bin that discretised likelihoods take (`distributions.py`).
+Everything takes the number of levels L of the source; nothing assumes 256. Not here: learned noise, and the sums over a
+bin that discretised likelihoods take.
 """
 
 import math

@@ -37,8 +37,8 @@ class Writer:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         truncate(self._path, step)
         # An object store cannot append: there the whole file, which is small, is written again.
-        self._text = self._path.read_text() if self._path.exists() else ""
         self._file = None if atomic.is_remote(self._path) else self._path.open("a")
+        self._text = self._path.read_text() if self._file is None and self._path.exists() else ""
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """One line, handed to the system at once. Values that are not finite become null: JSON has no NaN."""
@@ -73,17 +73,20 @@ class Writer:
 def read(path: epath.PathLike) -> list[dict]:
     """The lines of a metrics file; [] where there is none.
 
-    A last line that a killed run left half-written is passed over. Raises InputError for any other that is no JSON.
+    A last line that a killed run left half-written is passed over. Raises InputError for any other that is no record.
     """
     path = epath.Path(path)
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("no step")
+            records.append(record)
+        except ValueError as error:
             if number < len(lines):
-                raise InputError(f"{path}, line {number}, is not JSON ({error}); repair or remove it") from error
+                raise InputError(f"{path}, line {number}, is no record ({error}); repair or remove it") from error
     return records
 
 
@@ -139,15 +142,26 @@ class Console:
         self._steps, self._unit = steps, unit
         self._stream = sys.stderr if stream is None else stream
         self.is_terminal = _is_terminal(self._stream)
+        self._last: tuple[Mapping[str, float], Rate] = {}, Rate(math.nan, math.nan)
+        self._drawn = 0.0
         self._bar = ""  # what stands on the terminal's last line
 
     def progress(self, step: int, values: Mapping[str, float], rate: Rate) -> None:
         """Shows a step: `step 400/2000  mse 0.0123  1,234 images/s  ETA 00:03:10`."""
-        line = progress_line(step, self._steps, values, rate, self._unit)
+        self._last = values, rate
         if self.is_terminal:
-            self._draw(f"{bar(step / self._steps)}  {line}")
+            self._redraw(step)
         else:
-            self._write(line + "\n")
+            self._write(progress_line(step, self._steps, values, rate, self._unit) + "\n")
+
+    def tick(self, step: int) -> None:
+        """Between two `progress`: on a terminal the bar moves, twice a second at most."""
+        if self.is_terminal and time.monotonic() - self._drawn > 0.5:
+            self._redraw(step)
+
+    def _redraw(self, step: int) -> None:
+        self._drawn = time.monotonic()
+        self._draw(f"{bar(step / self._steps)}  {progress_line(step, self._steps, *self._last, self._unit)}")
 
     def message(self, text: str) -> None:
         """A line that stays, above the bar."""
@@ -203,12 +217,12 @@ def counting(what: str, total: int, stream: TextIO | None = None) -> Callable[[i
 
 
 def progress_line(step: int, steps: int, values: Mapping[str, float], rate: Rate, unit: str = "step") -> str:
-    """Step, figures to four digits, speed and time left; the last two only where they are known."""
-    parts = [f"{unit} {step}/{steps}", *([shown(values)] if values else [])]
+    """Step, speed and time left, where they are known, and figures to four digits: first what must not be cut off."""
+    parts = [f"{unit} {step}/{steps}"]
     if math.isfinite(rate.images_per_second):
         parts.append(f"{rate.images_per_second:,.{0 if rate.images_per_second >= 10 else 2}f} images/s")
         parts.append(f"ETA {duration((steps - step) * rate.seconds_per_step)}")
-    return "  ".join(parts)
+    return "  ".join(parts + ([shown(values)] if values else []))
 
 
 def shown(values: Mapping[str, float]) -> str:

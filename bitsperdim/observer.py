@@ -4,6 +4,8 @@ It reads the state and changes nothing. Not here: the loop that calls it (`train
 (`metrics.py`).
 """
 
+import textwrap
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -40,11 +42,13 @@ class Observer:
         """Makes the stage's metrics file, or goes on with it after step `start`."""
         if jax.process_index() == 0:
             self._writer = metrics.Writer(self._folder, start, self._config.tensorboard)
+        self._profile(start)
 
     def after_step(self, done: int, state: PyTree, report: step_lib.Report) -> dict[str, float]:
         """Logs, evaluates and draws when it is time to; returns the figures of this step's evaluation, or none."""
         config, last = self._config, done == self._config.steps
         self._window.append(report)
+        self._console.tick(done)
         self._profile(done, report)
         if not self._compiled:
             jax.block_until_ready(report)
@@ -112,7 +116,8 @@ class Observer:
             raise InputError(f"best_metric '{best}' is no figure of the evaluation; there are {', '.join(figures)}")
         self._write(done, "evaluation", figures)
         shown = {name: value for name, value in figures.items() if not name.endswith("_standard_error")}
-        self._console.message(f"  evaluation at step {done}: {metrics.shown(shown)}")
+        text = f"evaluation at step {done}: {metrics.shown(shown)}"
+        self._console.message(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    "))
         return figures
 
     def _draw(self, done: int, state: PyTree) -> None:
@@ -125,7 +130,7 @@ class Observer:
                 self._folder / "images" / "curves.png", plots.curves(metrics.read(self._folder / metrics.FILE))
             )
 
-    def _profile(self, done: int, report: step_lib.Report) -> None:
+    def _profile(self, done: int, report: step_lib.Report | None = None) -> None:
         """Starts and ends the trace of the steps that were asked for."""
         if not self._config.profile:
             return
@@ -134,7 +139,7 @@ class Observer:
             jax.block_until_ready(report)
             jax.profiler.stop_trace()
             self._tracing = False
-        elif not self._tracing and first - self._config.steps_per_dispatch <= done < last:
+        elif not self._tracing and first - self._config.steps_per_dispatch <= done < min(last, self._config.steps):
             jax.block_until_ready(report)
             jax.profiler.start_trace(str(self._folder / "profile"))
             self._tracing = True

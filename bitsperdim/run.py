@@ -16,7 +16,7 @@ import platform
 import sys
 import types
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, TextIO
 
 import jax
@@ -174,14 +174,16 @@ def _optim_beside(section: str, config: Any) -> optim.OptimConfig:
     return parent.optim
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """A file of the run; `InputError` where it is damaged."""
+def read_json(path: epath.Path, needed: Collection[str] = ()) -> dict[str, Any]:
+    """A file of the run; `InputError` where it is damaged or lacks one of the keys that are `needed`."""
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); restore it, or use a new --workdir") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} is damaged (it holds no object); restore it, or use a new --workdir")
+    if lacking := [key for key in needed if key not in values]:
+        raise InputError(f"{path} is damaged (it lacks {', '.join(lacking)}); restore it, or use a new --workdir")
     return values
 
 

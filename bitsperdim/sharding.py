@@ -54,6 +54,17 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(sizes, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def mesh_at_hand(config: MeshConfig) -> Mesh:
+    """The configured mesh where it fits the devices present, else all of them on the axis `data`.
+
+    For evaluation and sampling, which may happen on another machine than training did.
+    """
+    try:
+        return make_mesh(config)
+    except InputError:
+        return make_mesh(MeshConfig(rules=config.rules))
+
+
 def over_batch(mesh: Mesh) -> NamedSharding:
     """Examples over every device: the leading axis over data x fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

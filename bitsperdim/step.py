@@ -24,7 +24,7 @@ class TrainConfig:
 
     batch_size: int  # global, over all hosts and devices
     steps: int
-    accumulation: int = 1  # micro-batches a step; changes memory, not what is learned
+    accumulation: int = 1  # micro-batches a step; saves memory, changes nothing but what BatchNorm sees
     steps_per_dispatch: int = 1  # steps in one compiled program; more of them hide a slow host
     clip_norm: float = 0.0  # global gradient norm; 0: no clipping
     skip_norm: float = 0.0  # a step whose norm exceeds it is not taken; 0: only non-finite ones are not

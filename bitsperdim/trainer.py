@@ -6,16 +6,18 @@ Not here: what a step computes (`step.py`), what a model is (`model.py`), how a 
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+import fcntl
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from bitsperdim import data, evaluation, metrics, optim, rng, sharding
+from bitsperdim import atomic, data, evaluation, metrics, optim, rng, sharding
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
@@ -35,25 +37,29 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", 
     The same call again goes on where the last one stopped, bit for bit. Raises `InputError` before anything is written
     when the config, the data or the folder do not fit, `Interrupted` after a signal, `NonFiniteError`.
     """
-    run = run_lib.check(workdir, values)
-    chosen = (run.stage(only),) if only else run.stages()
-    for stage in chosen:
-        _check_schedule(stage)
-        if stage.model is not None:  # what cannot be built should not be found out when its turn comes, hours later
-            stage.model(run)
-    mesh = sharding.make_mesh(run.config.mesh)
-    for stage in chosen:
-        _check_batch_size(stage, mesh)
-    if all(is_complete(run, stage) for stage in chosen):
-        _say(f"{run.workdir} is complete: nothing left to do (raise a stage's train.steps to train it further)")
     with Signals() as signals:
+        run = run_lib.check(workdir, values)
+        chosen = (run.stage(only),) if only else run.stages()
         for stage in chosen:
-            if is_complete(run, stage):
+            _check_schedule(stage)
+            if stage.model is not None:  # what cannot be built should not be found out when its turn comes, hours later
+                stage.model(run)
+        mesh = sharding.make_mesh(run.config.mesh)
+        for stage in chosen:
+            _check_batch_size(stage, mesh)
+        signals.check()
+        complete = {stage.name: is_complete(run, stage) for stage in chosen}
+        if all(complete.values()):
+            _say(f"{run.workdir} is complete: nothing left to do")
+            return run
+        for stage in chosen:
+            if complete[stage.name]:
                 _say(f"{stage.name}: complete")
                 continue
             _require(run, stage)
             if stage.extract is not None:
-                stage.extract(run, mesh, signals.check)
+                with _alone(run.folder(stage.name)):
+                    stage.extract(run, mesh, signals.check)
             else:
                 train_stage(run, stage, mesh, signals, init_from)
             signals.check()
@@ -65,8 +71,10 @@ def is_complete(run: Run, stage: Stage) -> bool:
     if stage.is_extracted is not None:
         return stage.is_extracted(run)
     assert stage.settings is not None
-    with _checkpoints(run, stage) as checkpoints:
-        return max(checkpoints.steps(), default=0) >= stage.settings.steps
+    with checkpoints_of(run, stage) as checkpoints:
+        # A damaged last checkpoint is no end: the stage goes on from the one before.
+        last = max(checkpoints.steps(), default=0)
+        return last >= stage.settings.steps and checkpoints.newest_whole() >= stage.settings.steps
 
 
 def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from: str = "") -> None:
@@ -76,11 +84,11 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
     sources = {split: stage.source(run, split) for split in ("train", "evaluation")}
     _check_sources(run, stage, sources)
     observer = Observer(run, stage, model, sources["evaluation"], mesh)
-    like = _abstract_state(run, stage, model, mesh)
+    like = abstract_state(run, stage, model, mesh)
     weights = _warm_start(run, stage, like, init_from)
     _record_start(run, stage, sources)
     step = step_lib.compiled(model, stage.optim, config, seed, mesh, like)
-    with _checkpoints(run, stage) as checkpoints:
+    with _alone(run.folder(stage.name)), checkpoints_of(run, stage) as checkpoints:
         state, start = _restored_or_new(run, stage, model, checkpoints, like, weights)
         observer.open(start)
         each, over_batch = config.steps_per_dispatch, sharding.over_batch(mesh)
@@ -103,7 +111,7 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
 
 def evaluate(run: Run, split: str) -> dict[str, Any]:
     """The figures of every complete stage over all of `split` ('train' or 'evaluation'), and those of the run."""
-    mesh = sharding.make_mesh(run.config.mesh)
+    mesh = sharding.mesh_at_hand(run.config.mesh)
     measured: dict[str, Any] = {}
     for stage in run.stages():
         if stage.model is None or stage.source is None or stage.settings is None or not is_complete(run, stage):
@@ -116,7 +124,7 @@ def evaluate(run: Run, split: str) -> dict[str, Any]:
             state["ema"],
             state["extra"],
             source,
-            stage.settings.batch_size,
+            -(-stage.settings.batch_size // mesh.size) * mesh.size,
             mesh,
             jax.random.key(run.seed(stage.name)),
             progress(f"{stage.name}: {source.name}", source.size),
@@ -134,33 +142,41 @@ def restore(run: Run, name: str, mesh: Mesh) -> tuple[Model, PyTree]:
     """
     stage = run.stage(name)
     assert stage.model is not None
-    with _checkpoints(run, stage) as checkpoints:
+    with checkpoints_of(run, stage) as checkpoints:
         if not checkpoints.steps():
             raise InputError(f"stage '{name}' of {run.workdir} has no checkpoint yet; train it first")
         model = stage.model(run)
-        like = _abstract_state(run, stage, model, mesh)
+        like = abstract_state(run, stage, model, mesh)
         like = {entry: like[entry] for entry in ("step", "ema", "extra")}
-        best = checkpoints.best_step()
-        if best is not None:
-            return model, checkpoints.restore_step(best, like)
-        restored = checkpoints.restore(like)
+        return model, _best_or_last(checkpoints, like)[1]
+
+
+def _best_or_last(checkpoints: Checkpoints, like: PyTree) -> tuple[int, PyTree]:
+    """Step and state of the best checkpoint where there is one, else of the last. There must be some."""
+    best = checkpoints.best_step()
+    if best is not None:
+        try:
+            return best, checkpoints.restore_step(best, like)
+        except InputError as error:
+            _say(f"warning: the best checkpoint cannot be used, the last one is: {error}")
+    restored = checkpoints.restore(like)
     assert restored is not None
-    return model, restored[1]
+    return restored
 
 
 def restored_step(run: Run, name: str) -> int:
     """The step that `restore` gives, as far as it can be told without reading it; 0 where there is none."""
-    with _checkpoints(run, run.stage(name)) as checkpoints:
+    with checkpoints_of(run, run.stage(name)) as checkpoints:
         return checkpoints.best_step() or max(checkpoints.steps(), default=0)
 
 
-def _checkpoints(run: Run, stage: Stage) -> Checkpoints:
+def checkpoints_of(run: Run, stage: Stage) -> Checkpoints:
     assert stage.settings is not None
     best = (stage.settings.best_metric, "min") if stage.settings.best_metric else None
     return Checkpoints(run.folder(stage.name) / "checkpoints", stage.settings.keep_checkpoints, best)
 
 
-def _abstract_state(run: Run, stage: Stage, model: Model, mesh: Mesh) -> PyTree:
+def abstract_state(run: Run, stage: Stage, model: Model, mesh: Mesh) -> PyTree:
     assert stage.optim and stage.settings
     optimizer = optim.optimizer(stage.optim, stage.settings.steps)
     return state_lib.abstract(model, optimizer, jax.random.key(0), mesh, run.config.mesh)
@@ -194,11 +210,27 @@ def _warm_start(run: Run, stage: Stage, like: PyTree, init_from: str) -> PyTree 
     if not restored_step(other, stage.name):
         _say(f"{stage.name}: not trained in {init_from}, so it starts anew")
         return None
-    with _checkpoints(other, other.stage(stage.name)) as checkpoints:
-        restored = checkpoints.restore({entry: like[entry] for entry in ("ema", "extra")})
-    assert restored is not None
-    _say(f"{stage.name}: starting with the weights of step {restored[0]:,} of {init_from}")
-    return restored[1]
+    with checkpoints_of(other, other.stage(stage.name)) as checkpoints:
+        step, weights = _best_or_last(checkpoints, {entry: like[entry] for entry in ("ema", "extra")})
+    _say(f"{stage.name}: starting with the weights of step {step:,} of {init_from}")
+    return weights
+
+
+@contextlib.contextmanager
+def _alone(folder: epath.Path) -> Iterator[None]:
+    """Holds the lock of a stage's folder; `InputError` where another process of this machine does.
+
+    Two runs in one folder would remove each other's files. The system frees the lock of a process that is killed.
+    """
+    if atomic.is_remote(folder) or jax.process_index() > 0:
+        yield
+        return
+    with open(folder.parent / f".{folder.name}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another process is working on {folder}; wait for it, or use a new --workdir") from error
+        yield
 
 
 def _check_sources(run: Run, stage: Stage, sources: dict[str, data.Source]) -> None:
@@ -207,8 +239,9 @@ def _check_sources(run: Run, stage: Stage, sources: dict[str, data.Source]) -> N
     before = run_lib.read_json(path) if path.exists() else {}
     for split, source in sources.items():
         now = _describe(source)
-        if before.get(split, now) != now:
-            changed = [key for key in now if before[split].get(key) != now[key]]
+        changed = [key for key in now if split in before and before[split].get(key) != now[key]]
+        # The name of a folder is its place, which may change; what is in it has a fingerprint.
+        if [key for key in changed if key != "name" or not source.fingerprint]:
             changes = ", ".join(f"{key} {before[split].get(key)} -> {now[key]}" for key in changed)
             raise InputError(
                 f"the {split} images of {run.folder(stage.name)} have changed since it began ({changes}); "
@@ -264,8 +297,7 @@ def _check_batch_size(stage: Stage, mesh: Mesh) -> None:
     if micro_batch % mesh.size:
         raise InputError(
             f"{stage.name}.train.batch_size={stage.settings.batch_size} "
-            f"in {parts} part(s) is not divisible by the {mesh.size} devices; "
-            f"the nearest that fits is {max(1, round(micro_batch / mesh.size)) * mesh.size * parts}"
+            f"in {parts} part(s) is not divisible by the {mesh.size} devices; use a multiple of {mesh.size * parts}"
         )
 
 

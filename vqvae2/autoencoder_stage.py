@@ -178,10 +178,20 @@ def coder(run: Run) -> Coder:
     def decode(params, extra, codes):
         if not codes or not set(codes) <= set(grids):
             raise InputError(f"codes must be given for one or more of {', '.join(grids)}, not for {list(codes)}")
+        codes = {level: np.asarray(grid) for level, grid in codes.items()}
         for level, grid in codes.items():
-            if grid.shape[1:] != grids[level]:
-                raise InputError(f"codes of '{level}' must be {['n', *grids[level]]}, not {list(grid.shape)}")
-        return np.asarray(decoded(params, extra, dict(codes)))
+            # Indices beyond the codebook would be taken without a word.
+            low, high = (grid.min(), grid.max()) if grid.size else (0, 0)
+            is_integer = np.issubdtype(grid.dtype, np.integer)
+            if not is_integer or grid.shape[1:] != grids[level] or low < 0 or high >= config.num_codes:
+                raise InputError(
+                    f"codes of '{level}' must be integers {['n', *grids[level]]} in 0..{config.num_codes - 1}, "
+                    f"not {grid.dtype} {list(grid.shape)} in {low}..{high}"
+                )
+        if len({len(grid) for grid in codes.values()}) > 1:
+            given = ", ".join(f"{level} {len(grid)}" for level, grid in codes.items())
+            raise InputError(f"there must be as many codes of each level, not {given}")
+        return np.asarray(decoded(params, extra, codes))
 
     return Coder(encode, decode)
 

@@ -2,12 +2,14 @@
 
     WORKDIR/codes/SPLIT/{top,bottom}.npy    uint16 [n, h, w], in the order of the split
     WORKDIR/codes/SPLIT/label.npy           int32 [n], where the images have labels
-    WORKDIR/codes/info.json                 fingerprint of the autoencoder; written last, so its presence is the commit
+    WORKDIR/codes/info.json                 fingerprint of the autoencoder, sha256 of the files; its presence commits
 
 Source: Razavi et al. 2019, algorithm 2. A prior refuses codes of another autoencoder (`autoencoder`).
 """
 
+import functools
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -20,7 +22,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from bitsperdim import atomic, cache, data, sharding, trainer
+from bitsperdim import atomic, cache, data, manifest, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.data import Source
 from bitsperdim.errors import InputError
@@ -29,10 +31,12 @@ from bitsperdim.run import Run
 from vqvae2 import autoencoder_stage, facts
 
 SPLITS = ("train", "evaluation")
+INFO = ("fingerprint", "autoencoder_step", "autoencoder_steps", "files")
 
 
 def extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
-    """Encodes both splits. A split that was interrupted is encoded anew."""
+    """Encodes both splits. An extraction that was interrupted begins anew."""
+    _check_steps(run)
     _, state = trainer.restore(run, "autoencoder", mesh)
     about = facts.of_run(run)
     net = autoencoder_stage.network(run.config.autoencoder.model, about)
@@ -55,12 +59,27 @@ def extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
             rows = jax.device_get(encode(state["ema"], state["extra"], batch))
             progress(encoded.add(rows))
         encoded.close()
-    info = {"fingerprint": fingerprint(state), "autoencoder_step": int(state["step"])}
+    info = {
+        "fingerprint": fingerprint(state),
+        "autoencoder_step": int(state["step"]),
+        "autoencoder_steps": run.config.autoencoder.train.steps,
+        "files": {split: manifest.hash_files(run.folder("codes") / split) for split in SPLITS},
+    }
     run_lib.write_json(run.folder("codes") / "info.json", info)
 
 
 def is_extracted(run: Run) -> bool:
+    """Raises InputError where there are codes, but the autoencoder is to be trained further than when it made them."""
+    _check_steps(run)
     return (run.folder("codes") / "info.json").exists()
+
+
+def _check_steps(run: Run) -> None:
+    path = run.folder("codes") / "info.json"
+    if path.exists():
+        then, now = run_lib.read_json(path, INFO)["autoencoder_steps"], run.config.autoencoder.train.steps
+        if then != now:
+            raise _of_another(run, then, now)
 
 
 def open_codes(run: Run, split: str) -> Source:
@@ -68,10 +87,11 @@ def open_codes(run: Run, split: str) -> Source:
 
     Raises InputError where the autoencoder has been trained further since; `autoencoder` compares the weights too.
     """
-    info = run_lib.read_json(run.folder("codes") / "info.json")
+    info = run_lib.read_json(run.folder("codes") / "info.json", INFO)
     if info["autoencoder_step"] != trainer.restored_step(run, "autoencoder"):
         raise _of_another(run, info["autoencoder_step"], trainer.restored_step(run, "autoencoder"))
     folder = _at_hand(run, split, info["fingerprint"])
+    _verify(folder, json.dumps(info["files"][split]))
     arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("*.npy"))}
     size, *grid = arrays["bottom"].shape
 
@@ -80,6 +100,17 @@ def open_codes(run: Run, split: str) -> Source:
 
     levels, num_classes = run.config.autoencoder.model.num_codes, facts.of_run(run).num_classes
     return Source(f"codes of {split}", size, (grid[0], grid[1], 1), levels, num_classes, read)
+
+
+@functools.lru_cache(maxsize=8)  # once a process: the codes of a large data set take seconds to read
+def _verify(folder: epath.Path, files: str) -> None:
+    """Raises InputError where a file of the codes is not what was written."""
+    expected = {name: tuple(found) for name, found in json.loads(files).items()}
+    found = manifest.hash_files(folder) if folder.exists() else {}
+    for name in expected:
+        if found.get(name) != expected[name]:
+            state = "is missing" if name not in found else "has changed since it was written"
+            raise InputError(f"{folder / name} {state}; remove the folder {folder.parent} to extract the codes again")
 
 
 def fingerprint(state: PyTree) -> str:
@@ -94,7 +125,7 @@ def fingerprint(state: PyTree) -> str:
 def autoencoder(run: Run, mesh: Mesh) -> PyTree:
     """The trained autoencoder (`ema`, `extra`); raises InputError where the run's codes were made by another one."""
     _, state = trainer.restore(run, "autoencoder", mesh)
-    info = run_lib.read_json(run.folder("codes") / "info.json")
+    info = run_lib.read_json(run.folder("codes") / "info.json", INFO)
     if info["fingerprint"] != fingerprint(state):
         raise _of_another(run, info["autoencoder_step"], int(state["step"]))
     return state
@@ -126,10 +157,10 @@ class _Writer:
     def __init__(self, folder: epath.Path, size: int) -> None:
         self._folder, self._size, self._done = folder, size, 0
         self._partial = folder.parent / f"{folder.name}.partial"
-        if atomic.is_remote(folder):
-            self._partial = epath.Path(tempfile.mkdtemp(prefix="codes-"))
         self._arrays: dict[str, np.memmap] = {}
         if jax.process_index() == 0:
+            if atomic.is_remote(folder):
+                self._partial = epath.Path(tempfile.mkdtemp(prefix="codes-"))
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
 

@@ -35,7 +35,8 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "hidden", "residual", "residual_layers", "code_dim")
-        _at_least(self, 2, "num_codes")
+        if not 2 <= self.num_codes <= 2**16:
+            raise ValueError(f"num_codes must lie in 2..65536, not {self.num_codes}")
         # `stages` names the priors of two levels; three come with their own configs.
         if len(self.strides) != 2:
             raise ValueError(f"strides must name two levels, not {self.strides}")

@@ -1,6 +1,7 @@
 """What the data of a run turned out to be: measured once, kept in the run, so that sampling needs no data set."""
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -33,12 +34,14 @@ class Facts:
         return {name: grids[name] for name in names}
 
 
+@functools.lru_cache(maxsize=8)  # every stage asks for them, and measuring decodes thousands of images
 def of_run(run: Run) -> Facts:
     """From the autoencoder's folder, or measured from the training images where it has none yet."""
     path = run.folder("autoencoder") / "data.json"
     if path.exists():
-        values = run_lib.read_json(path)
-        return Facts(**{**values, "shape": tuple(values["shape"])})
+        names = [field.name for field in dataclasses.fields(Facts)]
+        values = run_lib.read_json(path, names)
+        return Facts(**{name: values[name] for name in names} | {"shape": tuple(values["shape"])})
     return measure(data.open_source(run.config.data, "train"), run.config.autoencoder.model.strides)
 
 

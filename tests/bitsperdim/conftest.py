@@ -45,9 +45,9 @@ def saved_state():
     def load(workdir, step=None, name="model"):
         run = run_lib.open_run(workdir)
         stage = run.stage(name)
-        with trainer._checkpoints(run, stage) as checkpoints:
+        with trainer.checkpoints_of(run, stage) as checkpoints:
             mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
-            like = trainer._abstract_state(run, stage, stage.model(run), mesh)
+            like = trainer.abstract_state(run, stage, stage.model(run), mesh)
             step = checkpoints.steps()[-1] if step is None else step
             return jax.tree.map(np.asarray, checkpoints.restore_step(step, like))
 

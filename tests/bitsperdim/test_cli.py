@@ -94,7 +94,7 @@ def test_training_refuses_in_one_message_and_leaves_no_folder(refusal, flags, me
     [
         ([], "--config is missing"),
         (["--config"], "--config is missing"),
-        (["--config="], "there is no config ''"),
+        (["--config="], "--config is missing"),
         (["--config=vqvae2_foto"], "there is no config 'vqvae2_foto'; known are "),
         (["--config=none.py"], "there is no config 'none.py'"),
         (["--config=vqvae2_photos:tinny"], "no variant 'tinny'"),

@@ -3,6 +3,8 @@
 import os
 import signal
 
+import jax
+import numpy as np
 import pytest
 
 from bitsperdim import metrics, trainer
@@ -35,12 +37,21 @@ def four(toy_config, tmp_path_factory):
     return folder
 
 
-def test_four_steps_in_one_program_leave_the_state_of_four_programs(
-    four, toy_config, tmp_path, saved_state, assert_same_bits
-):
+def test_four_steps_in_one_program_leave_the_state_of_four_programs(four, toy_config, tmp_path, saved_state):
     trainer.train(with_values(toy_config(), ONE), str(tmp_path / "one"))
-    assert_same_bits(saved_state(four), saved_state(tmp_path / "one"))
-    assert figures(four) == figures(tmp_path / "one")
+    # Not to the bit: the compiler fuses across the steps of a program.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        saved_state(four),
+        saved_state(tmp_path / "one"),
+    )
+    np.testing.assert_array_equal(
+        saved_state(four)["extra"]["chosen"], saved_state(tmp_path / "one")["extra"]["chosen"]
+    )
+    assert len(figures(four)) == len(figures(tmp_path / "one")) == 9
+    for line, expected in zip(figures(four), figures(tmp_path / "one"), strict=True):
+        assert line.pop("kind") == expected.pop("kind")
+        assert line == pytest.approx(expected, rel=1e-5)
     assert [line["step"] for line in figures(four) if line["kind"] == "train"] == [4, 8, 12, 16, 20, 24]
 
 
@@ -70,6 +81,8 @@ def test_a_run_that_is_told_to_stop_saves_between_two_programs_and_goes_on_from_
 @pytest.mark.parametrize("name", ["steps", "log_every", "evaluate_every", "pictures_every", "save_every"])
 def test_what_happens_within_a_program_cannot_be_asked_for(toy_config, tmp_path, name):
     config = with_values(toy_config(), {**FOUR, f"train.{name}": 6})
-    with pytest.raises(InputError, match=rf"config value train\.{name} must be a multiple of steps_per_dispatch=4, not 6"):
+    with pytest.raises(
+        InputError, match=rf"config value train\.{name} must be a multiple of steps_per_dispatch=4, not 6"
+    ):
         trainer.train(config, str(tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []

@@ -77,9 +77,10 @@ def test_a_line_cut_by_a_kill_is_passed_over_and_then_removed(tmp_path):
 
 def test_damage_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(InputError, match=r"metrics.jsonl, line 2, is not JSON"):
-        metrics.read(path)
+    for damaged in (b'{"st', b"[1, 2]", b"{}", b"\xff\xfe"):
+        path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
+        with pytest.raises(InputError, match=r"metrics.jsonl, line 2, is no record"):
+            metrics.read(path)
 
 
 def test_values_that_are_not_finite_are_null(tmp_path):
@@ -125,7 +126,7 @@ def test_a_file_gets_plain_lines():
     console = Console(2000, stream)
     console.progress(400, {"mse": 0.0123456}, Rate(1234.4, 190 / 1600))
     console.close()
-    assert stream.getvalue() == "step 400/2000  mse 0.01235  1,234 images/s  ETA 00:03:10\n"
+    assert stream.getvalue() == "step 400/2000  1,234 images/s  ETA 00:03:10  mse 0.01235\n"
 
 
 def test_an_unknown_speed_is_left_out():
@@ -194,3 +195,15 @@ def test_table_aligns_words_left_and_numbers_right():
 
 def test_table_without_a_head_is_its_rows():
     assert metrics.table([("a", "x"), ("bcd", "y")]) == "a    x\nbcd  y"
+
+
+def test_between_two_logs_the_bar_of_a_terminal_moves(terminal, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    console = Console(10, terminal)
+    console.progress(2, {"mse": 2.0}, UNKNOWN)
+    console.tick(3)
+    assert terminal.screen() == ["[####................]  20%  step 2/10  mse 2"]
+    now[0] += 1.0
+    console.tick(4)
+    assert terminal.screen() == ["[########............]  40%  step 4/10  mse 2"]

@@ -18,7 +18,7 @@ SHORT = {"train.steps": 4, "train.evaluate_every": 4, "train.pictures_every": 4,
 def other(toy_config, tmp_path_factory):
     """A complete run with weights of its own; not to be changed."""
     folder = tmp_path_factory.mktemp("warm") / "other"
-    trainer.train(toy_config({"seed": 7}), str(folder))
+    trainer.train(toy_config(), str(folder))
     return folder
 
 

@@ -90,7 +90,7 @@ def make(config):
 
     def summarize(means, tallies):
         bits = likelihood.bits_per_dim(means["nats"], num_dims)
-        return {"nats": means["nats"], "bits_per_dim": bits, "black": float(tallies["black"])}
+        return {"nats": means["nats"], "bits_per_dim": bits, "black": float(jnp.asarray(tallies["black"]))}
 
     def update_extra(extra, statistics, key, step):
         mean = statistics["sum"] / config.train.batch_size

@@ -46,8 +46,8 @@ def arrays(workdir):
     found = {path.stem: np.load(path, allow_pickle=False) for path in run.folder("codes").glob("train/*.npy")}
     for name in STEPS:
         stage = run.stage(name)
-        with trainer._checkpoints(run, stage) as checkpoints:
-            like = trainer._abstract_state(run, stage, stage.model(run), mesh)
+        with trainer.checkpoints_of(run, stage) as checkpoints:
+            like = trainer.abstract_state(run, stage, stage.model(run), mesh)
             step, state = checkpoints.restore(like)
         assert step == STEPS[name]
         for path, leaf in jax.tree_util.tree_leaves_with_path(state):

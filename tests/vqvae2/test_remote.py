@@ -52,7 +52,7 @@ def store(tmp_path, monkeypatch):
 @pytest.fixture
 def local_checkpoints(tmp_path, monkeypatch):
     folder = lambda run, stage: tmp_path / "arrays" / run.workdir.name / stage.name
-    monkeypatch.setattr(trainer, "_checkpoints", lambda run, stage: Checkpoints(epath.Path(folder(run, stage))))
+    monkeypatch.setattr(trainer, "checkpoints_of", lambda run, stage: Checkpoints(epath.Path(folder(run, stage))))
 
 
 def tiny_config(cache_dir):
@@ -68,7 +68,8 @@ def test_a_whole_run_in_an_object_store_equals_a_local_one(store, local_checkpoi
     trainer.train(config, "s3://bucket/remote")
     trainer.train(config, str(tmp_path / "local"))
     remote, local = store / "bucket" / "remote", tmp_path / "local"
-    names = lambda root: sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    files = lambda root: [path for path in root.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+    names = lambda root: sorted(str(path.relative_to(root)) for path in files(root))
     assert names(remote) == names(local)
     for name in ("codes/train/top.npy", "codes/evaluation/bottom.npy", "codes/info.json", "config.json"):
         assert (remote / name).read_bytes() == (local / name).read_bytes(), name

@@ -181,7 +181,7 @@ def test_a_prior_refuses_the_codes_of_another_autoencoder(run, autoencoder_only,
     shutil.copytree(run.folder("codes"), autoencoder_only.folder("codes"))
     assert codes.autoencoder(autoencoder_only, mesh)["step"] == 6
     stage = autoencoder_only.stage("autoencoder")
-    like = trainer._abstract_state(autoencoder_only, stage, stage.model(autoencoder_only), mesh)
+    like = trainer.abstract_state(autoencoder_only, stage, stage.model(autoencoder_only), mesh)
     with Checkpoints(autoencoder_only.folder("autoencoder") / "checkpoints") as checkpoints:
         _, saved = checkpoints.restore(like)
         saved["extra"]["codebooks"]["top"] = jax.tree.map(
@@ -265,3 +265,47 @@ def test_eight_devices_and_micro_batches_learn_the_codebooks_of_one_device():
     for level, codebook in codebooks.items():
         np.testing.assert_allclose(others[level].ema_counts, codebook.ema_counts, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(others[level].embedding, codebook.embedding, rtol=1e-3, atol=1e-4)
+
+
+def test_a_stage_that_stands_on_another_refuses_its_further_training(run):
+    config = tiny_config()
+    config.autoencoder.optim.schedule = "constant"
+    values = config_lib.to_plain(config.to_dict())
+    (folder := run.workdir.parent / "constant").mkdir()
+    for name in ("autoencoder", "codes"):
+        shutil.copytree(run.folder(name), folder / name)
+    run_lib.create(run_lib.Run(folder, run_lib.parse(values)[1], run.family))
+    values["autoencoder"]["train"]["steps"] = 8
+    with pytest.raises(InputError, match=r"at step 6, now 8\); remove the folders codes, top and bottom"):
+        trainer.train(values, str(folder))
+
+
+def test_a_damaged_last_checkpoint_is_trained_again_and_the_codes_still_fit(run, tmp_path):
+    values = config_lib.to_plain(tiny_config().to_dict())
+    values["autoencoder"]["train"]["save_every"] = 3
+    trainer.train(values, str(tmp_path))
+    for path in (tmp_path / "autoencoder/checkpoints/00000006/state").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    again = trainer.train(values, str(tmp_path))
+    assert all(trainer.is_complete(again, stage) for stage in again.stages())
+    assert contents(again.folder("codes")) == contents(run.folder("codes"))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_codes_that_are_not_what_was_written_are_refused(autoencoder_only, run, damage):
+    shutil.copytree(run.folder("codes"), autoencoder_only.folder("codes"))
+    path = autoencoder_only.folder("codes") / "train" / "top.npy"
+    content = path.read_bytes()
+    path.unlink() if damage == "missing" else path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"top\.npy (is missing|has changed since it was written); remove the folder"):
+        trainer.train(tiny_config(), str(autoencoder_only.workdir), "top")
+    assert not autoencoder_only.folder("top").exists()
+
+
+def test_two_processes_do_not_work_in_one_stage(run):
+    with (
+        trainer._alone(run.folder("top")),
+        pytest.raises(InputError, match=r"another process is working on .*top"),
+        trainer._alone(run.folder("top")),
+    ):
+        pass

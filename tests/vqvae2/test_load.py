@@ -1,0 +1,227 @@
+"""`bitsperdim.load` as in a notebook: what a run gives back to whoever has its folder and nothing else."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+import bitsperdim
+from bitsperdim import cli, data, sharding, trainer
+from bitsperdim import run as run_lib
+from bitsperdim.errors import InputError
+from vqvae2 import autoencoder_stage, codes, facts
+
+GRIDS = {"top": (2, 2), "bottom": (4, 4)}
+CHOSEN = 37 * np.arange(40)
+
+
+def random_state(shapes):
+    """Weights as large as trained ones, and running averages of a codebook in use."""
+    generator = np.random.default_rng(2)
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if leaf.dtype != np.float32:
+            value = np.full(leaf.shape, 6, leaf.dtype)
+        elif "ema_counts" in name:
+            value = generator.uniform(1, 2, leaf.shape)
+        else:
+            value = generator.standard_normal(leaf.shape)
+            value *= (2.0 / np.prod(leaf.shape[:-1])) ** 0.5 if leaf.ndim > 1 else 0.0
+        return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A complete run of random weights; not to be changed. Its data set is at hand while it is made and no longer."""
+    config = cli.load_config("vqvae2_photos:tiny")
+    config.data.image_size = 16
+    run = run_lib.check(tmp_path_factory.mktemp("load") / "run", config)
+    mesh = sharding.make_mesh(run.config.mesh)
+    for stage in run.stages():
+        if stage.extract is not None:
+            stage.extract(run, mesh, lambda: None)
+            continue
+        model = stage.model(run)
+        sources = {split: stage.source(run, split) for split in ("train", "evaluation")}
+        trainer._record_start(run, stage, sources)
+        with trainer.checkpoints_of(run, stage) as checkpoints:
+            checkpoints.save(6, random_state(trainer.abstract_state(run, stage, model, mesh)))
+    assert all(trainer.is_complete(run, stage) for stage in run.stages())
+    return run
+
+
+@pytest.fixture(autouse=True)
+def no_data(run, monkeypatch):
+    def lost(*_):
+        raise AssertionError("the data set was opened")
+
+    monkeypatch.setattr(data, "open_source", lost)
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Forty held-out crops from all over the photographs."""
+    return data.open_source(data.DataConfig("photos", image_size=16), "evaluation").read(CHOSEN)["image"]
+
+
+@pytest.fixture(scope="module")
+def loaded(images, run):
+    return bitsperdim.load(str(run.workdir))
+
+
+@pytest.fixture(scope="module")
+def encoded(loaded, images):
+    return loaded.encode(images)
+
+
+def test_encode_gives_the_codes_of_the_run(run, encoded):
+    for level in GRIDS:
+        stored = np.load(run.workdir / "codes" / "evaluation" / f"{level}.npy")[CHOSEN]
+        np.testing.assert_array_equal(encoded[level], stored)
+        assert len(np.unique(stored)) > 3  # the comparison is not one of constants
+
+
+def test_decode_of_the_codes_is_the_reconstruction_of_the_network(run, loaded, images, encoded):
+    _, state = trainer.restore(run, "autoencoder", sharding.make_mesh(run.config.mesh))
+    net = autoencoder_stage.network(run.config.autoencoder.model, facts.of_run(run))
+    tables = {level: book.embedding for level, book in state["extra"]["codebooks"].items()}
+    x = (images.astype(np.float32) + 0.5) / 128.0 - 1.0
+    reconstruction = np.asarray(jax.jit(lambda x: net.apply({"params": state["ema"]}, x, tables)[0])(x), np.float64)
+    # The nearest of the levels 0 ... 255, whose middles lie at (i + 1/2) / 128 - 1.
+    expected = np.clip(np.rint((reconstruction + 1.0) * 128.0 - 0.5), 0, 255)
+    decoded = loaded.decode(encoded)
+    assert (decoded.dtype, decoded.shape) == (np.uint8, images.shape)
+    assert decoded.std() > 5
+    # Two programs may round a value on the border between two levels to either side.
+    difference = np.abs(decoded.astype(int) - expected)
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+    np.testing.assert_array_equal(loaded.reconstruct(images), decoded)
+
+
+def test_a_level_that_is_not_given_is_the_mean_of_its_codebook(run, loaded, encoded):
+    _, state = trainer.restore(run, "autoencoder", sharding.make_mesh(run.config.mesh))
+    book = jax.device_get(state["extra"]["codebooks"]["bottom"])
+    mean = np.asarray(book.ema_sums, np.float64).sum(0) / np.asarray(book.ema_counts, np.float64).sum()
+    net = autoencoder_stage.network(run.config.autoencoder.model, facts.of_run(run))
+    tables = {"top": state["extra"]["codebooks"]["top"].embedding, "bottom": mean[None].astype(np.float32)}
+    given = {"top": encoded["top"], "bottom": np.zeros((40, 4, 4), np.int32)}
+    x = jax.jit(lambda given: net.apply({"params": state["ema"]}, given, tables, method="decode"))(given)
+    expected = np.clip(np.rint((np.asarray(x, np.float64) + 1.0) * 128.0 - 0.5), 0, 255)
+    alone = loaded.decode({"top": encoded["top"]})
+    assert np.abs(alone.astype(int) - expected).max() <= 1
+    assert (alone != loaded.decode(encoded)).any()
+
+
+def test_samples_are_those_of_the_script(run, loaded, tmp_path, monkeypatch):
+    flags = [f"--workdir={run.workdir}", f"--out={tmp_path}", "--num=3", "--seed=5", "--temperature=0.7"]
+    monkeypatch.setattr("sys.argv", ["sample.py", *flags])
+    cli.sample()
+    drawn = loaded.sample(jax.random.key(5), 3, temperature=0.7)
+    np.testing.assert_array_equal(drawn, np.load(tmp_path / "samples.npy", allow_pickle=False))
+    assert (drawn != loaded.sample(jax.random.key(6), 3, temperature=0.7)).any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (lambda x: x.astype(np.float32), r"not float32 \[40, 16, 16, 3\]"),
+        (lambda x: x.astype(np.int64), r"not int64 \[40, 16, 16, 3\]"),
+        (lambda x: x[0], r"not uint8 \[16, 16, 3\]"),
+        (lambda x: x[:, :8], r"not uint8 \[40, 8, 16, 3\]"),
+        (lambda x: x[..., :1], r"not uint8 \[40, 16, 16, 1\]"),
+        (lambda x: x.transpose(0, 3, 1, 2), r"not uint8 \[40, 3, 16, 16\]"),
+    ],
+    ids=["float", "wide integers", "one image", "cut", "grey", "channels first"],
+)
+def test_images_of_another_kind_are_refused_with_their_shape(loaded, images, wrong, named):
+    for function in (loaded.encode, loaded.reconstruct):
+        with pytest.raises(
+            InputError, match=r"images must be uint8 \['n', 16, 16, 3\] with levels below 256, " + named
+        ):
+            function(wrong(images))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda c: {}, r"codes must be given for one or more of top, bottom, not for \[\]"),
+        (lambda c: c | {"middle": c["top"]}, r"one or more of top, bottom, not for \[.*'middle'\]"),
+        (lambda c: c | {"bottom": c["top"]}, r"codes of 'bottom' must be .*\['n', 4, 4\].*, not int32 \[40, 2, 2\]"),
+        (lambda c: c | {"top": c["top"][0]}, r"codes of 'top' must be .*\['n', 2, 2\].*, not int32 \[2, 2\]"),
+        (lambda c: c | {"top": c["top"] / 2}, r"codes of 'top' must be integers .*, not float64 \[40, 2, 2\]"),
+        (
+            lambda c: c | {"top": c["top"] + 32},
+            r"codes of 'top' must be integers .* in 0\.\.31, not int32 .* in [3-6]\d\.\.",
+        ),
+        (lambda c: c | {"top": c["top"] - 32}, r"codes of 'top' must be integers .* in 0\.\.31, not int32 .* in -"),
+        (lambda c: c | {"top": c["top"][:3]}, r"as many codes of each level, not (bottom 40, top 3|top 3, bottom 40)"),
+    ],
+    ids=["none", "no such level", "of another level", "one grid", "fractions", "too large", "negative", "fewer"],
+)
+def test_codes_of_another_kind_are_refused_with_their_shape(loaded, encoded, wrong, message):
+    with pytest.raises(InputError, match=message):
+        loaded.decode(wrong(dict(encoded)))
+
+
+def test_codes_may_come_as_lists(loaded, encoded):
+    lists = {level: grid[:2].tolist() for level, grid in encoded.items()}
+    np.testing.assert_array_equal(loaded.decode(lists), loaded.decode(encoded)[:2])
+
+
+def test_there_is_no_likelihood_and_it_says_why(loaded, images):
+    with pytest.raises(InputError, match="gives no likelihood of an image: its priors rate the codes"):
+        loaded.log_prob(images, jax.random.key(0), samples=2)
+
+
+@pytest.mark.parametrize("missing", [["top", "bottom"], ["bottom"]])
+def test_without_priors_it_encodes_and_names_what_sampling_lacks(run, tmp_path, images, encoded, missing):
+    shutil.copytree(run.workdir, tmp_path / "run")
+    for stage in missing:
+        shutil.rmtree(tmp_path / "run" / stage)
+    part = bitsperdim.load(tmp_path / "run")
+    for level, grid in part.encode(images).items():
+        np.testing.assert_array_equal(grid, encoded[level])
+    with pytest.raises(InputError, match=rf"stage '{missing[0]}' of .*run has no checkpoint yet; train it first"):
+        part.sample(jax.random.key(0), 2)
+
+
+def test_without_an_autoencoder_it_names_that(run, tmp_path, images):
+    shutil.copytree(run.workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "autoencoder" / "checkpoints")
+    part = bitsperdim.load(tmp_path / "run")
+    with pytest.raises(InputError, match=r"stage 'autoencoder' of .*run has no checkpoint yet; train it first"):
+        part.encode(images)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"is no run: it has no config\.json"):
+        bitsperdim.load(tmp_path)
+
+
+def test_what_was_loaded_tells_its_config_and_its_levels(run, loaded):
+    assert (loaded.config, loaded.levels) == (run.config, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("autoencoder/data.json", '{"shape": [16, 16', "Expecting"),
+        ("autoencoder/data.json", "[]", "it holds no object"),
+        ("autoencoder/data.json", '{"shape": [16, 16, 3]}', "it lacks levels, num_classes, variance"),
+        ("codes/info.json", "", "Expecting value"),
+        ("codes/info.json", '{"autoencoder_step": 6}', "it lacks fingerprint"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(run, tmp_path, name, content, what):
+    shutil.copytree(run.workdir, tmp_path / "run")
+    (epath.Path(tmp_path) / "run" / name).write_text(content)
+    with pytest.raises(InputError, match=rf"run/{name} is damaged \({what}.*\); restore it, or use a new --workdir"):
+        if name.startswith("codes"):
+            codes.open_codes(run_lib.open_run(tmp_path / "run"), "train")
+        else:
+            bitsperdim.load(tmp_path / "run")
