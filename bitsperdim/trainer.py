@@ -82,7 +82,7 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
     assert stage.model and stage.source and stage.optim and stage.settings
     config, seed, model = stage.settings, run.seed(stage.name), stage.model(run)
     sources = {split: stage.source(run, split) for split in ("train", "evaluation")}
-    _check_sources(run, stage, sources)
+    check_sources(run, stage, sources)
     observer = Observer(run, stage, model, sources["evaluation"], mesh)
     like = abstract_state(run, stage, model, mesh)
     weights = _warm_start(run, stage, like, init_from)
@@ -233,7 +233,7 @@ def _alone(folder: epath.Path) -> Iterator[None]:
         yield
 
 
-def _check_sources(run: Run, stage: Stage, sources: dict[str, data.Source]) -> None:
+def check_sources(run: Run, stage: Stage, sources: dict[str, data.Source]) -> None:
     """Raises InputError where the images are not those that the stage began with."""
     path = run.folder(stage.name) / "sources.json"
     before = run_lib.read_json(path) if path.exists() else {}

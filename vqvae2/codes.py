@@ -52,6 +52,7 @@ def extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
     encode = jax.jit(encode, out_shardings=sharding.replicated(mesh))
     for split in SPLITS:
         source = data.open_source(run.config.data, split)
+        trainer.check_sources(run, run.stage("autoencoder"), {split: source})
         encoded = _Writer(run.folder("codes") / split, source.size)
         progress = trainer.progress(f"codes of {source.name}", source.size)
         for batch in data.evaluation_batches(source, batch_size, sharding.over_batch(mesh)):

@@ -19,34 +19,30 @@ from bitsperdim import images, rng
 from bitsperdim.model import Aux, Batch, Model, Pictures, Stage
 from bitsperdim.run import Run
 from vqvae2 import autoencoder_stage, chain, codes, conditioning, facts
-from vqvae2.config import Config
+from vqvae2.config import BottomStageConfig, Config, TopStageConfig
 from vqvae2.prior import nll
 
 NUM_PICTURES = 16
 
 
 def top(config: Config) -> Stage:
-    return Stage(
-        "top",
-        needs=("autoencoder", "codes"),
-        model=lambda run: make(run, "top"),
-        source=codes.open_codes,
-        pictures=_top_pictures,
-        optim=config.top.optim,
-        settings=config.top.train,
-    )
+    return _stage("top", config.top, _top_pictures)
 
 
 def bottom(config: Config) -> Stage:
     """Conditioned on the true top codes, so it needs no top prior: both may train at once, on two machines."""
+    return _stage("bottom", config.bottom, _bottom_pictures)
+
+
+def _stage(name: str, config: TopStageConfig | BottomStageConfig, pictures: Callable[[Run, Mesh], Pictures]) -> Stage:
     return Stage(
-        "bottom",
+        name,
         needs=("autoencoder", "codes"),
-        model=lambda run: make(run, "bottom"),
+        model=lambda run: make(run, name),
         source=codes.open_codes,
-        pictures=_bottom_pictures,
-        optim=config.bottom.optim,
-        settings=config.bottom.train,
+        pictures=pictures,
+        optim=config.optim,
+        settings=config.train,
     )
 
 

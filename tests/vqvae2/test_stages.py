@@ -309,3 +309,13 @@ def test_two_processes_do_not_work_in_one_stage(run):
         trainer._alone(run.folder("top")),
     ):
         pass
+
+
+def test_codes_are_not_made_of_other_images_than_the_autoencoder_saw(autoencoder_only, mesh):
+    path = autoencoder_only.folder("autoencoder") / "sources.json"
+    values = json.loads(path.read_text())
+    values["evaluation"]["size"] -= 1
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"the evaluation images of .*autoencoder have changed since it began \(size"):
+        codes.extract(autoencoder_only, mesh, lambda: None)
+    assert not codes.is_extracted(autoencoder_only)
