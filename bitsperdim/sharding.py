@@ -70,6 +70,11 @@ def over_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def whole_batch(batch_size: int, mesh: Mesh) -> int:
+    """The batch size rounded up to a multiple of the devices, for work that pads its last batch anyway."""
+    return -(-batch_size // mesh.size) * mesh.size
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

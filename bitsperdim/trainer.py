@@ -124,7 +124,7 @@ def evaluate(run: Run, split: str) -> dict[str, Any]:
             state["ema"],
             state["extra"],
             source,
-            -(-stage.settings.batch_size // mesh.size) * mesh.size,
+            sharding.whole_batch(stage.settings.batch_size, mesh),
             mesh,
             jax.random.key(run.seed(stage.name)),
             progress(f"{stage.name}: {source.name}", source.size),
@@ -171,12 +171,14 @@ def restored_step(run: Run, name: str) -> int:
 
 
 def checkpoints_of(run: Run, stage: Stage) -> Checkpoints:
+    """The checkpoints of a stage; to be closed."""
     assert stage.settings is not None
     best = (stage.settings.best_metric, "min") if stage.settings.best_metric else None
     return Checkpoints(run.folder(stage.name) / "checkpoints", stage.settings.keep_checkpoints, best)
 
 
 def abstract_state(run: Run, stage: Stage, model: Model, mesh: Mesh) -> PyTree:
+    """Shapes, types and places of a stage's whole train state."""
     assert stage.optim and stage.settings
     optimizer = optim.optimizer(stage.optim, stage.settings.steps)
     return state_lib.abstract(model, optimizer, jax.random.key(0), mesh, run.config.mesh)

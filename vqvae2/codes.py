@@ -48,7 +48,7 @@ def extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
         rows = {level: value.astype(jnp.uint16) for level, value in codes.items()}  # pyright: ignore
         return rows | {name: batch[name] for name in ("label",) if name in batch}
 
-    batch_size = -(-run.config.codes.batch_size // mesh.size) * mesh.size
+    batch_size = sharding.whole_batch(run.config.codes.batch_size, mesh)
     encode = jax.jit(encode, out_shardings=sharding.replicated(mesh))
     for split in SPLITS:
         source = data.open_source(run.config.data, split)
