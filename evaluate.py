@@ -1,6 +1,6 @@
 """See `bitsperdim.cli.evaluate`, or `python evaluate.py --help`."""
 
-from bitsperdim import cli
+from bitsperdim import scripts
 
 if __name__ == "__main__":
-    cli.evaluate()
+    scripts.evaluate()

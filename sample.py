@@ -1,6 +1,6 @@
 """See `bitsperdim.cli.sample`, or `python sample.py --help`."""
 
-from bitsperdim import cli
+from bitsperdim import scripts
 
 if __name__ == "__main__":
-    cli.sample()
+    scripts.sample()

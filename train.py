@@ -1,6 +1,6 @@
 """See `bitsperdim.cli.train`, or `python train.py --help`."""
 
-from bitsperdim import cli
+from bitsperdim import scripts
 
 if __name__ == "__main__":
-    cli.train()
+    scripts.train()

@@ -5,6 +5,8 @@
 `index` opens the records of a split, without an index and then with it; `records` reads them all in random order;
 `decode` fills an empty cache. These three take the same records as array_record and as TFRecord (a temporary copy).
 `jpeg` decodes random crops of 256 pixels from files of 500 x 375 (like those of ImageNet) and of 2,000 x 1,500 pixels.
+`ahead` reads such batches ahead of a loop that takes no time, by `data.prefetch` and by grain's MapDataset, each with
+two threads that decode and two batches ahead; the crops are the same.
 `memory` is what the process holds while 2,000 batches are decoded, and while 2,000 come from the cache (aim: steady).
 """
 
@@ -15,13 +17,16 @@ import shutil
 import struct
 import tempfile
 import time
+from collections.abc import Iterator
 
+import grain
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from bitsperdim import cache, data, encoded, sharding, tfds_source, tfrecord
+from bitsperdim.decode import Preparation, decode
 from bitsperdim.sharding import MeshConfig
 
 
@@ -31,12 +36,14 @@ def main() -> None:
     parser.add_argument("--data_dir", default="")
     parser.add_argument("--split", default="test")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        root = pathlib.Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = pathlib.Path(temporary)
         values = {"name": arguments.name, "data_dir": arguments.data_dir, "evaluation_split": arguments.split}
         formats(data.DataConfig("tfds", **values), root)
         for height, width in ((375, 500), (1500, 2000)):
-            jpeg(write_photographs(root / f"{height}", height, width, count=40), root)
+            folder = write_photographs(root / f"{height}", height, width, count=40)
+            jpeg(folder, root)
+            ahead(folder, root)
         memory(write_photographs(root / "small", 90, 120, count=200), root)
 
 
@@ -105,6 +112,7 @@ def write_photographs(folder: pathlib.Path, height: int, width: int, count: int)
 
 def open_folder(folder: pathlib.Path, root: pathlib.Path, size: int, crop: str, threads: int = 0) -> data.Source:
     values = {"train_crop": crop, "decode_threads": threads, "cache_dir": str(root / "cache"), "cache_limit_gib": 0.0}
+    values |= {"evaluation_fraction": 1e-9}  # all of them are for training
     return data.open_source(data.DataConfig("folder", path=str(folder), image_size=size, **values), "train")
 
 
@@ -115,11 +123,42 @@ def jpeg(folder: pathlib.Path, root: pathlib.Path, batch_size: int = 32, repeats
         for threads, times in seconds.items():
             source = open_folder(folder, root, 256, "random", threads)
             start = time.perf_counter()
-            source.read_crops(np.arange(batch_size) % source.size, data.train_draws(0, step * batch_size, batch_size))
+            source.read_drawn(np.arange(batch_size) % source.size, data.train_draws(0, step * batch_size, batch_size))
             times.append(time.perf_counter() - start)
     rates = {threads: batch_size / float(np.median(times)) for threads, times in seconds.items()}
     figures = {f"images_per_second_{threads}": rate for threads, rate in rates.items()}
     say("jpeg", height=int(folder.name), **figures, ratio=rates[2] / rates[1])
+
+
+def ahead(folder: pathlib.Path, root: pathlib.Path, batch_size: int = 32, steps: int = 10, repeats: int = 5) -> None:
+    """The median of several passes, ours and grain's in turn."""
+    paths, source = sorted(folder.iterdir()), open_folder(folder, root, 256, "random", threads=2)
+    draws = data.train_draws(0, 0, steps * batch_size)
+    preparation = Preparation(height=256, width=256, channels=3)
+
+    def ours() -> Iterator[np.ndarray]:
+        def make(step: int) -> np.ndarray:
+            positions = np.arange(step * batch_size, (step + 1) * batch_size)
+            return source.read_drawn(positions % len(paths), draws[positions])["image"]
+
+        return data.prefetch(make, 0, steps, depth=2)
+
+    def of_grain() -> Iterator[np.ndarray]:
+        load = lambda index: decode(paths[index % len(paths)].read_bytes(), preparation, int(draws[index]))
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * batch_size)
+        return iter(grain.MapDataset.range(len(draws)).map(load).to_iter_dataset(options).batch(batch_size))
+
+    assert all(np.array_equal(a, b) for a, b in zip(ours(), of_grain(), strict=True))
+    seconds = {"prefetch": [], "grain": []}
+    for _ in range(repeats):
+        for (_, times), read in zip(seconds.items(), (ours, of_grain), strict=True):
+            start = time.perf_counter()
+            for _ in read():
+                pass
+            times.append(time.perf_counter() - start)
+    rates = {name: len(draws) / float(np.median(times)) for name, times in seconds.items()}
+    figures = {f"images_per_second_{name}": rate for name, rate in rates.items()}
+    say("ahead", height=int(folder.name), **figures, ratio=rates["prefetch"] / rates["grain"])
 
 
 def memory(folder: pathlib.Path, root: pathlib.Path, steps: int = 2000, batch_size: int = 16) -> None:

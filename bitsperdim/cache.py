@@ -2,17 +2,17 @@
 
 A folder holds `images.npy` (uint8 NHWC), `labels.npy` (int32, where there are labels) and `info.json`. It is written
 under a temporary name beside its place and renamed when complete, so it is whole or absent: of two writers the first to
-finish wins, and a killed writer leaves only a hidden folder that is never read.
+finish wins, and a killed writer leaves only a hidden folder that is never read. What was damaged since is made again.
 
 The cache lies in `data.cache_dir`, else in $BITSPERDIM_CACHE, else in ~/.cache/bitsperdim. Beside the decoded splits
-(height x width x channels bytes an image; CIFAR-10: 146 MiB) it holds small indices of TFRecord shards and of folders.
-Everything in it can be made again, so it may be cleared at any time when no run reads it:
+(height x width x channels bytes an image; CIFAR-10: 146 MiB) it holds small indices of TFRecord shards and of folders,
+and the programs that the scripts have compiled (`xla`). Everything in it can be made again, so it may be cleared at any
+time when no run reads it:
 
     python -m bitsperdim.cache            lists what is kept, with sizes
     python -m bitsperdim.cache --clear    removes it
 
-Not here: what is decoded, and the name under which it is kept (`tfds_source.py`, `folder_source.py`); the compiled
-programs that the scripts keep in the same place (`xla`), which are neither listed nor removed.
+Not here: what is decoded, and the name under which it is kept (`tfds_source.py`, `folder_source.py`).
 """
 
 import argparse
@@ -31,10 +31,11 @@ from typing import BinaryIO, NamedTuple, TextIO
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from bitsperdim import atomic
 from bitsperdim.errors import InputError
 
-# What `entry_name` makes, and the temporary names of a killed writer; nothing else is ever removed.
-ENTRY = re.compile(r"\.?[\w.-]*-[0-9a-f]{12}(\.json)?(-[0-9a-f]{8})?")
+# What `entry_name` makes, the temporary names of a killed writer, and compiled programs; nothing else is ever removed.
+ENTRY = re.compile(r"xla|\.?[\w.-]*-[0-9a-f]{12}(\.json)?(-[0-9a-f]{8})?")
 
 
 class Images(NamedTuple):
@@ -65,16 +66,42 @@ def entry_name(title: str, *key: object) -> str:
 
 
 def load(folder: pathlib.Path) -> Images | None:
-    """The cache in `folder`, mapped read-only; None where there is none; `InputError` where it is damaged."""
+    """The cache in `folder`, mapped read-only; None where there is none, or a damaged one, which is removed."""
+    if not os.path.lexists(folder):
+        return None
     try:
-        if not (folder / "info.json").exists():
-            return None
-        num_classes = json.loads((folder / "info.json").read_text())["num_classes"]
-        images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
-        labels = np.load(folder / "labels.npy", allow_pickle=False) if num_classes else None
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the cache {folder} is damaged ({error}); remove the folder and start again") from error
-    return Images(images, labels, num_classes)
+        return _load(folder)
+    except PermissionError as error:
+        raise InputError(
+            f"the cache {folder} cannot be read ({error.strerror}); make it readable or move it"
+        ) from error
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        say_damaged(folder, str(error) or type(error).__name__)
+    aside = _temporary(folder)
+    try:
+        folder.rename(aside)  # in one step, so that nobody reads half of it
+        _remove(aside)
+    except FileNotFoundError:  # another process was first
+        pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return None
+
+
+def _load(folder: pathlib.Path) -> Images:
+    info = json.loads((folder / "info.json").read_bytes())
+    images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != info["size"]:
+        raise ValueError(f"images.npy holds {images.dtype} {images.shape}")
+    labels = np.load(folder / "labels.npy", allow_pickle=False) if info["num_classes"] else None
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise ValueError(f"labels.npy holds {labels.dtype} {labels.shape}")
+    return Images(images, labels, info["num_classes"])
+
+
+def say_damaged(path: pathlib.Path, reason: str) -> None:
+    """One line on stderr, for what can be made again."""
+    print(f"{path} in the cache is damaged ({reason}) and made again", file=sys.stderr, flush=True)
 
 
 def write(folder: pathlib.Path, title: str, size: int, num_classes: int, chunks: Iterable[Chunk]) -> None:
@@ -87,9 +114,13 @@ def write(folder: pathlib.Path, title: str, size: int, num_classes: int, chunks:
         temporary.mkdir(parents=True)
         labels = _write_images(temporary / "images.npy", size, _with_progress(chunks, title, size))
         if num_classes:
-            np.save(temporary / "labels.npy", labels)
+            with open(temporary / "labels.npy", "wb") as file:
+                np.save(file, labels, allow_pickle=False)
+                atomic.flush(file)
         info = {"source": title, "size": size, "num_classes": num_classes}
-        (temporary / "info.json").write_text(json.dumps(info, indent=2) + "\n")
+        with open(temporary / "info.json", "wb") as file:
+            file.write(json.dumps(info, indent=2).encode() + b"\n")
+            atomic.flush(file)
         _rename_or_yield(temporary, folder)
     except OSError as error:
         raise _unwritable(folder, error) from error
@@ -102,7 +133,9 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            atomic.flush(file)
         temporary.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from error
@@ -130,16 +163,16 @@ def _write_images(path: pathlib.Path, size: int, chunks: Iterable[Chunk]) -> Int
     with open(path, "wb") as file:
         for chunk in chunks:
             if not labels:
-                _write_header(file, (size, *chunk.images.shape[1:]))
+                write_header(file, np.dtype(np.uint8), (size, *chunk.images.shape[1:]))
             file.write(np.ascontiguousarray(chunk.images, np.uint8).data)
             labels.append(chunk.labels)
-        file.flush()
-        os.fsync(file.fileno())
+        atomic.flush(file)
     return np.concatenate(labels).astype(np.int32)
 
 
-def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
+def write_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """The head of an .npy file, after which the values may be written a few at a time."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
 
@@ -191,10 +224,14 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
 def clear(folder: pathlib.Path) -> None:
     """Removes the entries of the cache in `folder`, and nothing else that lies there."""
     for entry in entries(folder):
-        if entry.path.is_dir():
-            shutil.rmtree(entry.path)
-        else:
-            entry.path.unlink()
+        _remove(entry.path)
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def main() -> int:

@@ -30,6 +30,7 @@ from bitsperdim import manifest as manifest_lib
 from bitsperdim.errors import InputError
 from bitsperdim.manifest import Damaged, Manifest
 
+REMEDY = "use the config that it was trained with, or a new --workdir"
 _NONE, _ALL_DAMAGED = -1, -2  # what the first host tells the others when there is no step to restore
 
 
@@ -37,11 +38,18 @@ class Checkpoints:
     """The checkpoints of one stage of a run: the newest `keep`, and the best.
 
     `best` is the name of a metric and whether 'min' or 'max' of it is best, such as ('bits_per_dim', 'min'); metrics
-    are stored with each checkpoint, so the best survives a restart. With several hosts each calls every method, in the
-    same order, and the folder is on storage that all of them see. Usable as a context manager.
+    are stored with each checkpoint, so the best survives a restart. `remedy` ends the message for arrays that are not
+    those that are asked for. With several hosts each calls every method, in the same order, and the folder is on
+    storage that all of them see. Usable as a context manager.
     """
 
-    def __init__(self, folder: epath.PathLike, keep: int = 2, best: tuple[str, str] | None = None):
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        keep: int = 2,
+        best: tuple[str, str] | None = None,
+        remedy: str = REMEDY,
+    ):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         if best is not None and best[1] not in ("min", "max"):
@@ -50,6 +58,7 @@ class Checkpoints:
         self._folder = _absolute(epath.Path(folder))
         self._keep = keep
         self._best = best
+        self._remedy = remedy
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -203,7 +212,7 @@ class Checkpoints:
         """Reads a verified checkpoint."""
         committed = manifest_lib.read(self._path(step))
         wanted = _by_path(jax.tree.map(_placed, abstract))
-        _check_contents(committed.arrays, wanted, self._path(step))
+        _check_contents(committed.arrays, wanted, self._path(step), self._remedy)
         stored = _saved(wanted)
         arguments = ocp.args.PyTreeRestore(
             stored, restore_args=ocp.checkpoint_utils.construct_restore_args(stored), partial_restore=True
@@ -243,9 +252,10 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _check_contents(stored: dict[str, str], wanted: Mapping[str, jax.ShapeDtypeStruct], folder: epath.Path) -> None:
+def _check_contents(
+    stored: dict[str, str], wanted: Mapping[str, jax.ShapeDtypeStruct], folder: epath.Path, remedy: str
+) -> None:
     """Orbax would cast, pad or cut in silence. Raises InputError for the first array that is not as it is wanted."""
-    remedy = "use the config that it was trained with, or a new --workdir"
     for path, leaf in wanted.items():
         if path not in stored:
             raise InputError(f"{folder} has no array '{path}', which should be {_describe(leaf)}; {remedy}")

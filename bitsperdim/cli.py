@@ -1,4 +1,4 @@
-"""The command line: flags, configs by path or by name, and exit codes. `train.py` and its neighbours only call this.
+"""The command line: flags, configs by path or by name, and exit codes. The scripts call it through `scripts.py`.
 
 Exit codes: 0 done, 2 bad input, 3 stopped by a signal and saved, 4 training stayed non-finite; 1 is a defect of ours.
 """
@@ -23,10 +23,12 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from bitsperdim import adopt, images, metrics, sharding, trainer
 from bitsperdim import config as config_lib
-from bitsperdim import images, metrics, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError, RunError
+from bitsperdim.model import Loaded
+from bitsperdim.run import Run
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 # Installed, configs are data of this package; in a checkout they stand beside it.
@@ -66,12 +68,32 @@ def sample() -> None:
 
       --num=16                  number of samples
       --seed=0                  of the noise; sample i does not depend on --num
-      --temperature=1.0         of the priors; 0 is greedy
-      --label=CLASS             one class; default: all classes in turn
       --out=FOLDER              for the pictures; default the run's folder
+      --temperature=1.0         of the noise; 0 is greedy
+      --label=CLASS             one class; default: all classes in turn
+
+    Where the model is autoregressive over pixels or codes also
+
+      --top_k=K --top_p=P       the K likeliest values alone; the likeliest ones that together have the probability P
+      --sampler=NAME            default: the fastest for the batch, as --compare_samplers measured it
+      --batch_size=N            images drawn at once
+      --given=FILE.npy          known pixels [h, w, c] or [n, h, w, c], -1 where the model is to fill in
+      --compare_samplers        measure every sampler; writes samplers.json and pictures
       --traceback               show where an error comes from
     """
     _script(_sample, sample.__doc__)
+
+
+def convert() -> None:
+    """Makes a run of published weights, for evaluate.py, sample.py and further training.
+
+    python convert.py --family=FAMILY --checkpoint=FILE.npz --workdir=RUN [flags]
+
+      --family=FAMILY           arm_forecast: PixelCNN++ of pclucas14/pixel-cnn-pp, its state_dict as .npz
+      --image_size=32           of the images that the weights were trained on
+      --traceback               show where an error comes from
+    """
+    _script(_convert, convert.__doc__)
 
 
 def _train(argv: list[str]) -> None:
@@ -111,26 +133,86 @@ def _sample(argv: list[str]) -> None:
     flags.DEFINE_string("out", "", "Folder for the pictures; default the run folder.", flag_values=values)
     flags.DEFINE_integer("num", 16, "Number of samples.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", flag_values=values)
-    flags.DEFINE_integer("label", None, "Class to sample; default: all classes in turn.", flag_values=values)
-    flags.DEFINE_float("temperature", 1.0, "Of the priors; 0 is greedy.", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_boolean("compare_samplers", False, "Measure every sampler.", flag_values=values)
+    flags.DEFINE_float("temperature", None, "0 is greedy.", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_integer("label", None, "Class to sample.", flag_values=values)
+    flags.DEFINE_integer("top_k", None, "Likeliest values only.", lower_bound=1, flag_values=values)
+    flags.DEFINE_float("top_p", None, "Likeliest values up to this mass.", 0.0, 1.0, flag_values=values)
+    flags.DEFINE_string("sampler", None, "How; default the fastest.", flag_values=values)
+    flags.DEFINE_integer("batch_size", None, "Images drawn at once.", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("given", None, "Known pixels.", flag_values=values)
     _parse(values, argv)
-    if not math.isfinite(values.temperature):
-        raise InputError(f"--temperature must be finite, not {values.temperature}")
     run = run_lib.open_run(_required(values, "workdir"))
     loaded = run.family.load(run, sharding.mesh_at_hand(run.config.mesh))
-    start = time.perf_counter()
-    pictures = loaded.sample(jax.random.key(values.seed), values.num, values.temperature, values.label)
-    seconds = time.perf_counter() - start
     folder = epath.Path(values.out) if values.out else run.workdir
-    about = {"num": values.num, "seed": values.seed, "temperature": values.temperature, "label": values.label}
-    about |= {"seconds_with_compilation": round(seconds, 3), **loaded.describe_sampling(values.num)}
+    if values.compare_samplers:
+        _compare_samplers(run, loaded, values.seed, folder)
+        return
+    options = _sampling_options(values, loaded, run.family.__name__)
+    start = time.perf_counter()
+    pictures, about = loaded.draw(jax.random.key(values.seed), values.num, **options)
+    seconds = time.perf_counter() - start
+    chosen = {"given": values.given} if values.given else {}
+    about = {"num": values.num, "seed": values.seed, **options, **chosen, **about}
     with _writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         images.save_png(folder / "samples.png", images.grid(pictures, levels=loaded.levels))
         with (folder / "samples.npy").open("wb") as file:
             np.save(file, pictures)
-        run_lib.write_json(folder / "sampling.json", about)
+        run_lib.write_json(folder / "sampling.json", about | {"seconds_with_compilation": round(seconds, 3)})
     print(f"{values.num} samples in {seconds:.1f} s (compilation included): {folder / 'samples.png'}")
+
+
+def _sampling_options(values: flags.FlagValues, loaded: Loaded, family: str) -> dict[str, Any]:
+    """The flags that were given, as arguments of the family's `draw`; `InputError` for those that it does not have."""
+    names = ("temperature", "label", "top_k", "top_p", "sampler", "batch_size", "given")
+    options: dict[str, Any] = {name: values[name].value for name in names if values[name].value is not None}
+    known = inspect.signature(loaded.draw).parameters
+    for name in options:
+        if name not in known:
+            flags_of_it = ", ".join(f"--{option}" for option in names if option in known)
+            raise InputError(f"--{name} means nothing for a run of {family}; it knows {flags_of_it}")
+    if not math.isfinite(options.get("temperature", 1.0)):
+        raise InputError(f"--temperature must be finite, not {options['temperature']}")
+    if "given" in options:
+        options["given"] = _read_array(options["given"])
+    return options
+
+
+def _read_array(path: str) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"--given={path} is no readable .npy file ({error})") from error
+
+
+def _compare_samplers(run: Run, loaded: Loaded, seed: int, folder: epath.Path) -> None:
+    if loaded.compare_samplers is None:
+        raise InputError(f"a run of {run.family.__name__} has one sampler, so there is nothing to compare")
+    rows, pictures = loaded.compare_samplers(jax.random.key(seed), run_lib.stream())
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        device = jax.devices()[0].device_kind
+        run_lib.write_json(folder / "samplers.json", {"device": device, "seed": seed, "rows": rows})
+        for name, picture in pictures.items():
+            images.save_png(folder / f"{name}.png", picture)
+    print(metrics.table([tuple(row.values()) for row in rows], tuple(rows[0])))
+    print(f"written to {folder / 'samplers.json'} and {', '.join(f'{name}.png' for name in pictures)}")
+
+
+def _convert(argv: list[str]) -> None:
+    values = flags.FlagValues()
+    flags.DEFINE_string("family", None, "Package of the models.", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "File of weights.", flag_values=values)
+    flags.DEFINE_string("workdir", None, "Run folder.", flag_values=values)
+    flags.DEFINE_integer("image_size", 32, "Edge of the images.", lower_bound=1, flag_values=values)
+    _parse(values, argv)
+    family = run_lib.family(_required(values, "family"))
+    if not hasattr(family, "imported"):
+        raise InputError(f"the family '{values.family}' has no importer of published weights")
+    imported = family.imported(_required(values, "checkpoint"), values.image_size)
+    run = adopt.adopt(_required(values, "workdir"), imported)
+    print(f"{run.workdir} is a run now: evaluate.py and sample.py take it as --workdir")
 
 
 def config_names() -> list[str]:
@@ -238,9 +320,6 @@ def _script(main: Callable[[list[str]], None], help_text: str | None) -> None:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(3)
 
 
 def _use_compilation_cache() -> None:

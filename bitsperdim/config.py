@@ -79,7 +79,10 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     if typing.get_origin(hint) is tuple:
         return _checked_tuple(value, typing.get_args(hint), path)
     if isinstance(hint, types.UnionType):
-        raise TypeError(f"{path}: a config field has one type, not {hint}")
+        section, *others = (kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+        if others or not dataclasses.is_dataclass(section):
+            raise TypeError(f"{path}: a config field has one type, or is a section that may be None, not {hint}")
+        return None if value is None else _checked(value, section, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -9,10 +9,11 @@ Not here: the sources themselves (`sources.py`, `tfds_source.py`, `folder_source
 
 import dataclasses
 import functools
+import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from typing import TypeVar
 
 import jax
@@ -29,7 +30,13 @@ from bitsperdim.sources import Source
 from bitsperdim.tfds_source import open_tfds, parse_name
 
 T = TypeVar("T")
-SOURCES = ("photos", "digits", "synthetic", "tfds", "folder")
+STORED = ("tfds", "folder")  # sources of images of any size
+SOURCES = ("photos", "digits", "synthetic", *STORED)
+# What becomes of such images. The other sources would not heed these keys.
+PREPARATION = (
+    *("image_height", "image_width", "channels", "crop_box"),
+    *("resize", "resampling", "train_crop", "upscale", "reduce_16_bit"),
+)
 DRAWS = 2**64 - 1  # beside the seed in the key of random words; permutations have their epoch there
 
 
@@ -44,11 +51,13 @@ class DataConfig:
     source: str  # 'photos' | 'digits' | 'synthetic' | 'tfds' | 'folder'
     name: str = ""  # TFDS: 'cifar10', 'celeb_a_hq/64', 'cifar10:3.0.2'
     data_dir: str = ""  # '' -> $TFDS_DATA_DIR or ~/tensorflow_datasets
+    download: bool = True  # fetch a TFDS data set that is missing, where that works without TensorFlow
     train_split: str = "train"  # TFDS: sub-splits such as 'train[:90%]' work
     evaluation_split: str = "test"
     path: str = ""  # folder of images
     evaluation_path: str = ""  # '': a part of `path`, chosen by the names of the files
     evaluation_fraction: float = 0.1  # of the images in `path`, where there is no evaluation_path
+    test_fraction: float = 0.0  # of the images in `path`, kept from both: open_source(config, 'test')
     skip_unreadable: bool = False  # leave out broken files, and list them
     labels: bool = False  # folder: classes from sub-folders; others: refuse a data set without labels
     image_size: int = 0  # edge of the image; 0 (as stored, all alike) is for digits, TFDS and folders
@@ -60,10 +69,11 @@ class DataConfig:
     resampling: str = "lanczos"  # | 'area': means of pixel blocks
     train_crop: str = "centre"  # | 'random': another window in every epoch; evaluation is always at the centre
     upscale: bool = False  # enlarge images that are smaller than the target, which are refused otherwise
-    reduce_16_bit: bool = False  # keep the high bytes of 16-bit images, which are refused otherwise
+    reduce_16_bit: bool = False  # keep the upper 8 of 12 or 16 bits a channel, which are refused otherwise
     decode_threads: int = 0  # 0: one for each core, at most 16
-    cache_limit_gib: float = 2.0  # splits of images beyond 64x64x3 are kept decoded up to this size
+    cache_limit_gib: float = 2.0  # splits of images beyond 64x64x3 are kept decoded up to this size; inf: all
     bits: int = 8  # fewer than 8 reduces the 256 levels to 2**bits
+    binarize: str = ""  # to 2 levels: 'threshold' (above the middle) | 'dynamic' (drawn for each example and epoch)
     cache_dir: str = ""  # '' -> $BITSPERDIM_CACHE or ~/.cache/bitsperdim
     synthetic_size: int = 4096  # number of examples
     synthetic_channels: int = 3
@@ -72,14 +82,25 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_choice(self, "source", SOURCES)
+        for key in ("evaluation_fraction", "test_fraction", "cache_limit_gib"):
+            if math.isnan(getattr(self, key)):
+                raise ValueError(f"{key} must be a number, not nan")
         if self.source == "tfds":
             parse_name(self.name)
         if self.source == "folder":
             _check_folder(self)
+        if self.source != "folder":
+            _check_not_given(self, ["test_fraction"])
+        if self.source not in STORED:
+            _check_not_given(self, PREPARATION)
         _check_target(self)
         _check_preparation(self)
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits must lie in 1..8, not {self.bits}")
+        if self.binarize not in ("", "threshold", "dynamic"):
+            raise ValueError(f"binarize must be '', 'threshold' or 'dynamic', not '{self.binarize}'")
+        if self.binarize and self.bits < 8:
+            raise ValueError(f"bits must be 8 where binarize is '{self.binarize}', not {self.bits}")
         if not 2 <= self.synthetic_levels <= 256:
             raise ValueError(f"synthetic_levels must lie in 2..256, not {self.synthetic_levels}")
         for key, least in (("synthetic_size", 1), ("synthetic_channels", 1), ("synthetic_classes", 0)):
@@ -97,6 +118,16 @@ def _check_folder(config: DataConfig) -> None:
         raise ValueError("path must name a folder of images for the source 'folder', not ''")
     if not 0 < config.evaluation_fraction < 1:
         raise ValueError(f"evaluation_fraction must lie between 0 and 1, not {config.evaluation_fraction}")
+    most = 1.0 if config.evaluation_path else 1.0 - config.evaluation_fraction
+    if not 0 <= config.test_fraction < most:
+        raise ValueError(f"test_fraction must be at least 0 and below {most:g}, not {config.test_fraction}")
+
+
+def _check_not_given(config: DataConfig, keys: Iterable[str]) -> None:
+    for key in keys:
+        value, default = getattr(config, key), getattr(DataConfig, key)
+        if value != default:
+            raise ValueError(f"{key} must be {default!r} where the source is '{config.source}', not {value!r}")
 
 
 def _check_target(config: DataConfig) -> None:
@@ -111,8 +142,6 @@ def _check_target(config: DataConfig) -> None:
         value = getattr(config, key)
         if value < 0 or (value == 0 and other > 0):
             raise ValueError(f"{key} must be given in pixels together with the other edge, not {value}")
-        if value and config.source not in ("tfds", "folder"):
-            raise ValueError(f"{key} must be 0 where the source is '{config.source}', not {value}")
         if value and config.image_size:
             raise ValueError(f"{key} must be 0 where image_size is {config.image_size}, not {value}")
 
@@ -124,8 +153,6 @@ def _check_preparation(config: DataConfig) -> None:
     box = config.crop_box
     if box and (len(box) != 4 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3])):
         raise ValueError(f"crop_box must be (left, top, right, bottom) or (), not {box}")
-    if box and config.source not in ("tfds", "folder"):
-        raise ValueError(f"crop_box must be () where the source is '{config.source}', not {box}")
     _check_choice(config, "resize", ("cover", "none"))
     _check_choice(config, "resampling", decode.RESAMPLING)
     _check_choice(config, "train_crop", ("centre", "random"))
@@ -137,7 +164,7 @@ def _check_preparation(config: DataConfig) -> None:
 
 
 def open_source(config: DataConfig, split: str) -> Source:
-    """The split 'train' or 'evaluation' of the configured source, or, for TFDS, any split by its own name.
+    """The split 'train' or 'evaluation' of the configured source; of a folder also 'test', of TFDS any by its own name.
 
     `InputError` names what is missing or cannot be taken; the first opening of a split of small images decodes it into
     the cache.
@@ -145,6 +172,8 @@ def open_source(config: DataConfig, split: str) -> Source:
     source = _open_at_full_depth(config, split)
     if config.labels and not source.num_classes:
         raise InputError(f"{source.name} has no labels; set data.labels=false")
+    if config.binarize:
+        return sources.binarize(source, config.binarize)
     return source if config.bits == 8 else sources.reduce_bits(source, config.bits)
 
 
@@ -161,12 +190,17 @@ def _open_at_full_depth(config: DataConfig, split: str) -> Source:
     if config.source == "folder":
         preparation = preparation._replace(channels=config.channels or 3)
         folder = Folder(
-            config.path, config.evaluation_path, config.evaluation_fraction, config.labels, config.skip_unreadable
+            config.path,
+            config.evaluation_path,
+            config.evaluation_fraction,
+            config.test_fraction,
+            config.labels,
+            config.skip_unreadable,
         )
         return open_folder(folder, split, preparation, storage)
     split = {"train": config.train_split, "evaluation": config.evaluation_split}.get(split, split)
     data_dir = config.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return open_tfds(config.name, split, data_dir, preparation, storage)
+    return open_tfds(config.name, split, data_dir, preparation, storage, config.download)
 
 
 def _preparation(config: DataConfig) -> Preparation:
@@ -185,7 +219,7 @@ def _preparation(config: DataConfig) -> Preparation:
 def _storage(config: DataConfig, split: str) -> Storage:
     return Storage(
         folder=cache.location(config.cache_dir),
-        limit_bytes=int(config.cache_limit_gib * 2**30),
+        limit_bytes=config.cache_limit_gib * 2**30,
         threads=encoded.num_threads(config.decode_threads),
         random_crops=config.train_crop == "random" and split == "train",
     )
@@ -215,7 +249,7 @@ def _permutation(size: int, seed: int, epoch: int) -> Int[np.ndarray, " size"]:
 
 
 def train_draws(seed: int, start: int, count: int) -> UInt64[np.ndarray, " count"]:
-    """Random words at the positions start .. start + count - 1 of the training stream, for crops."""
+    """Random words at the positions start .. start + count - 1 of the training stream, for crops and binarisation."""
     words = np.random.Philox(key=np.array([seed, DRAWS], np.uint64), counter=start // 4)  # four words to a count
     return words.random_raw(start % 4 + count)[start % 4 :]
 
@@ -230,10 +264,10 @@ def train_batch(source: Source, seed: int, step: int, batch_size: int, sharding:
     indices = train_indices(source.size, seed, step * batch_size, batch_size)
 
     def read(rows: np.ndarray) -> dict[str, np.ndarray]:
-        if source.read_crops is None:
+        if source.read_drawn is None:
             examples = source.read(indices[rows])
         else:
-            examples = source.read_crops(indices[rows], train_draws(seed, step * batch_size, batch_size)[rows])
+            examples = source.read_drawn(indices[rows], train_draws(seed, step * batch_size, batch_size)[rows])
         return examples | {"position": rows.astype(np.int32)}
 
     return _global_batch(read, batch_size, sharding)

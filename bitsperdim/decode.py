@@ -1,7 +1,7 @@
 """Compressed images as people have them, to uint8 arrays of one size: PNG, JPEG, WebP, BMP and TIFF.
 
-In this order: 16 bits reduced to 8 where that is allowed, the rotation of EXIF applied, palettes expanded, alpha
-composed on white, CMYK converted, grey or colour, one window of the target's aspect resampled to the target. Of
+In this order: 12 and 16 bits reduced to 8 where that is allowed, palettes expanded, alpha composed on white, CMYK
+converted, grey or colour, the rotation of EXIF applied, one window of the target's aspect resampled to the target. Of
 animated and multi-page files the first frame is taken. Colour profiles are not applied.
 
 JPEG files at least four times as large as the target are decoded at a half, quarter or eighth of their size (still
@@ -12,12 +12,16 @@ Not here: where the bytes come from (`folder_source.py`, `tfds_source.py`), and 
 """
 
 import io
+import re
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # of TIFF
+FORMAT = 3  # raise when other pixels come out of the same file: decoded splits in the cache are then made again
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 MODES = {1: "L", 3: "RGB"}
@@ -30,6 +34,10 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+ACROSS = (TURNS[5], TURNS[6], TURNS[7], TURNS[8])  # height becomes width
+# Pillow warns without a file's name of what does no harm: odd tags, damaged EXIF, more than 89 million pixels.
+for _kind in (UserWarning, Image.DecompressionBombWarning):
+    warnings.filterwarnings("ignore", category=_kind, module=r"PIL\.")
 
 
 class Preparation(NamedTuple):
@@ -41,7 +49,7 @@ class Preparation(NamedTuple):
     resize: str = "cover"  # 'cover': the largest window that the image holds; 'none': a window of the target's own size
     resampling: str = "lanczos"  # or 'area'
     upscale: bool = False  # whether images smaller than the target are enlarged; else they are refused
-    reduce_16_bit: bool = False  # whether 16-bit images are reduced to their high bytes; else they are refused
+    reduce_16_bit: bool = False  # whether 12 and 16 bits are reduced to the upper 8; else they are refused
     upright: bool = True  # whether the rotation of EXIF is applied
     box: tuple[int, ...] = ()  # (left, top, right, bottom), cut out before anything is resized; (): the whole image
 
@@ -51,7 +59,7 @@ class Stored(NamedTuple):
 
     height: int
     width: int
-    is_16_bit: bool
+    depth: int  # bits a channel: 8 (or fewer), 12 or 16
 
 
 class Unreadable(ValueError):
@@ -59,7 +67,11 @@ class Unreadable(ValueError):
 
 
 class Unfit(ValueError):
-    """A sound image that the preparation refuses. The message follows a file's name, and has the remedy."""
+    """A sound image that the preparation refuses. The message follows a file's name: 'is 7x40, ...; set ...'."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}; {remedy}")
+        self.problem, self.remedy = problem, remedy
 
 
 def decode(content: bytes, preparation: Preparation, draw: int | None = None) -> UInt8[np.ndarray, "h w c"]:
@@ -69,10 +81,12 @@ def decode(content: bytes, preparation: Preparation, draw: int | None = None) ->
     """
     try:
         image = _open(content)
-        check_depth(_is_16_bit(image), preparation)
+        depth = _depth(image)
+        check_depth(depth, preparation)
         _draft(image, preparation)
-        image.load()
-        image = _in_colours(_turned(image) if preparation.upright else image, MODES[preparation.channels])
+        image, turn = _in_colours(image, depth, content)
+        image = image.convert(MODES[preparation.channels])
+        image = image.transpose(turn) if turn is not None and preparation.upright else image
     except Unfit:
         raise
     except Exception as error:  # the decoders raise anything
@@ -84,17 +98,15 @@ def decode(content: bytes, preparation: Preparation, draw: int | None = None) ->
 
 
 def inspect(content: bytes) -> Stored:
-    """Decodes the whole image, so that damage anywhere raises `Unreadable`."""
+    """Decodes the whole image as `decode` does, so that whatever that cannot take raises `Unreadable` here."""
     try:
         image = _open(content)
-        width, height = image.size
-        is_16_bit = _is_16_bit(image)
+        (width, height), depth = image.size, _depth(image)
         image.draft(None, (1, 1))  # a JPEG's bits are all read, but an eighth of the pixels is enough
-        image.load()
-        is_turned = _orientation(image) > 4
+        _, turn = _in_colours(image, depth, content)
     except Exception as error:
         raise Unreadable(_reason(content, error)) from error
-    return Stored(width, height, is_16_bit) if is_turned else Stored(height, width, is_16_bit)
+    return Stored(width, height, depth) if turn in ACROSS else Stored(height, width, depth)
 
 
 def check_size(height: int, width: int, preparation: Preparation) -> None:
@@ -102,19 +114,19 @@ def check_size(height: int, width: int, preparation: Preparation) -> None:
     if preparation.box:
         left, top, right, bottom = preparation.box
         if right > width or bottom > height:
-            raise Unfit(f"is {height}x{width}, too small for data.crop_box={preparation.box}")
+            raise Unfit(f"is {height}x{width}, too small for data.crop_box={preparation.box}", "set a smaller box")
         height, width = bottom - top, right - left
     if not preparation.upscale and (height < preparation.height or width < preparation.width):
         raise Unfit(
-            f"is {height}x{width}, smaller than {preparation.height}x{preparation.width}; "
-            "set data.upscale=true or a smaller size"
+            f"is {height}x{width}, smaller than {preparation.height}x{preparation.width}",
+            "set data.upscale=true or a smaller size",
         )
 
 
-def check_depth(is_16_bit: bool, preparation: Preparation) -> None:
-    """Raises `Unfit` where 16 bits would have to be reduced, and may not be."""
-    if is_16_bit and not preparation.reduce_16_bit:
-        raise Unfit("has 16 bits a channel; set data.reduce_16_bit=true")
+def check_depth(depth: int, preparation: Preparation) -> None:
+    """Raises `Unfit` where more than 8 bits would have to be reduced, and may not be."""
+    if depth > 8 and not preparation.reduce_16_bit:
+        raise Unfit(f"has {depth} bits a channel", "set data.reduce_16_bit=true")
 
 
 def window(
@@ -150,15 +162,21 @@ def _resampled(image: Image.Image, preparation: Preparation, draw: int | None) -
 def _open(content: bytes) -> ImageFile.ImageFile:
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     if image.mode in ("I", "F"):
-        raise OSError("32 bits a channel")
+        is_short = any("16" in layout for layout in _layouts(image))
+        raise OSError(f"{'16 signed' if is_short else 32} bits a channel")
     return image
 
 
-def _is_16_bit(image: ImageFile.ImageFile) -> bool:
-    """To be asked before loading. Pillow reduces 16-bit colour by itself; only the layout of the bytes tells."""
-    layouts = [tile.args if isinstance(tile.args, str) else (tile.args or ("",))[0] for tile in image.tile]
-    # In BMP the same number is the bits of all colours together.
-    return image.format in ("PNG", "TIFF") and any("16" in str(layout) for layout in layouts)
+def _layouts(image: ImageFile.ImageFile) -> list[str]:
+    """Pillow's names for the order of the bytes: 'RGB;16B', 'I;12'. To be asked before loading."""
+    return [str(tile.args if isinstance(tile.args, str) else (tile.args or ("",))[0]) for tile in image.tile]
+
+
+def _depth(image: ImageFile.ImageFile) -> int:
+    """Bits a channel. Pillow reduces 16-bit colour by itself, and says so nowhere; only the layout tells."""
+    if image.format not in ("PNG", "TIFF"):  # in BMP the same number is the bits of all colours together
+        return 8
+    return max((int(bits) for name in _layouts(image) for bits in re.findall(r";(12|16)", name)), default=8)
 
 
 def _draft(image: Image.Image, preparation: Preparation) -> None:
@@ -169,25 +187,51 @@ def _draft(image: Image.Image, preparation: Preparation) -> None:
         image.draft(None, (edge, edge))
 
 
-def _orientation(image: Image.Image) -> int:
-    """1 .. 8, as EXIF counts. To be asked after loading: Pillow turns TIFF files while it loads them."""
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+def _in_colours(image: ImageFile.ImageFile, depth: int, content: bytes) -> tuple[Image.Image, Image.Transpose | None]:
+    """The whole image, grey or in RGB, 8 bits, on white, and the turn that makes it upright."""
+    image.load()
+    turn = _turn(image)  # after loading: Pillow itself turns TIFF files while it loads them
+    reduced = _in_8_bits(image, depth, content) if depth > 8 else image
+    if reduced.mode == "La":  # the one kind of alpha that Pillow takes no further
+        reduced = reduced.convert("LA")
+    if reduced.has_transparency_data:
+        white = Image.new("RGBA", reduced.size, "white")
+        reduced = Image.alpha_composite(white, reduced.convert("RGBA"))
+    return reduced if reduced.mode in ("L", "1") else reduced.convert("RGB"), turn
 
 
-def _turned(image: Image.Image) -> Image.Image:
-    orientation = _orientation(image)
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """None where EXIF says nothing, or nothing that can be understood."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF raises anything, and the pixels are sound
+        return None
 
 
-def _in_colours(image: Image.Image, mode: str) -> Image.Image:
+def _in_8_bits(image: ImageFile.ImageFile, depth: int, content: bytes) -> Image.Image:
+    """The upper 8 of 12 or 16 bits; white where they are the colour that a PNG names as transparent, in all 16 bits."""
+    clear = image.info.pop("transparency", None)
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    if image.mode not in ("L", "1"):
-        image = image.convert("RGB")
-    return image.convert(mode)
+        exact = np.asarray(image)
+        pixels = (exact >> (depth - 8)).astype(np.uint8)
+        if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow heeds it up to 8 bits only
+            pixels = 255 - pixels
+    elif clear is None:  # Pillow has taken the upper 8
+        return image
+    else:
+        pixels = np.array(image)
+        exact = pixels.astype(np.uint16) << 8 | _low_bytes(content)
+    if clear is not None:
+        pixels[(exact == clear).reshape(*pixels.shape[:2], -1).all(axis=-1)] = 255
+    return Image.fromarray(pixels)
+
+
+def _low_bytes(content: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """Of a PNG of 16-bit colours, of which Pillow keeps the high bytes."""
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    # Taken for little-endian, what Pillow holds for the high bytes are the low ones.
+    image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
+    return np.asarray(image)
 
 
 def _reason(content: bytes, error: Exception) -> str:

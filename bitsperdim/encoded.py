@@ -46,7 +46,7 @@ class Storage(NamedTuple):
     """Where decoded splits are kept, up to which size, and what is decoded at each reading instead."""
 
     folder: pathlib.Path
-    limit_bytes: int
+    limit_bytes: float  # may be infinite
     threads: int
     random_crops: bool = False  # a training split whose crops differ from epoch to epoch: never kept
 
@@ -100,7 +100,7 @@ def _decoded_at_each_reading(encoded: Encoded, shape: Shape, storage: Storage) -
 
     crops = read if storage.random_crops else None
     source = Source(encoded.title, encoded.size, shape, encoded.levels, encoded.num_classes, read)
-    return source._replace(read_crops=crops)
+    return source._replace(read_drawn=crops)
 
 
 def _chunks(encoded: Encoded, shape: Shape, threads: int) -> Iterator[cache.Chunk]:

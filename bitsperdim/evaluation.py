@@ -45,3 +45,15 @@ def evaluate(
     summary = model.summarize(means.means(), tallies)
     errors = {f"{name}_standard_error": means.standard_error(name) for name in means.means() if name in summary}
     return {"images": means.count, **summary, **errors}
+
+
+def figure_names(model: Model, params: PyTree, extra: PyTree, source: data.Source, batch_size: int) -> list[str]:
+    """The names of what `evaluate` returns, from the shapes of parameters and data: nothing is computed."""
+    fields = source.read(np.zeros(1, np.int64)) | {"mask": np.zeros(1, bool), "position": np.zeros(1, np.int32)}
+    like = lambda value: jax.ShapeDtypeStruct((batch_size, *value.shape[1:]), value.dtype)
+    aux = jax.eval_shape(model.measure, params, extra, jax.tree.map(like, fields), jax.random.key(0))
+    # Numbers that mean nothing, of which nothing but the names is kept.
+    means: dict[str, float] = {name: np.float64(0.5) for name in aux.parts}
+    with np.errstate(all="ignore"):
+        summary = model.summarize(means, jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5), aux.tallies))
+    return ["images", *summary, *(f"{name}_standard_error" for name in means if name in summary)]

@@ -5,16 +5,20 @@ by its mask. Sums run in float64 on the host.
 """
 
 import math
+from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Array, Float
+
+Nats = TypeVar("Nats", float, Float[Array, "..."])
 
 
-def bits_per_dim(nats: float, num_dims: int) -> float:
+def bits_per_dim(nats: Nats, num_dims: int) -> Nats:
     """-log2 p(x) / D = nats / (D log 2), with D = height x width x channels."""
     return nats_to_bits(nats) / num_dims
 
 
-def nats_to_bits(nats: float) -> float:
+def nats_to_bits(nats: Nats) -> Nats:
     """log2 x = log x / log 2."""
     return nats / math.log(2.0)
 

@@ -83,6 +83,8 @@ def read(path: epath.PathLike) -> list[dict]:
             record = json.loads(line)
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise ValueError("no step")
+            if any(not isinstance(value, int | float | None) for key, value in record.items() if key != "kind"):
+                raise ValueError("a figure that is no number")
             records.append(record)
         except ValueError as error:
             if number < len(lines):

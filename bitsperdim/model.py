@@ -63,6 +63,7 @@ class Stage(NamedTuple):
     model: Callable[["Run"], Model] | None = None
     source: Callable[["Run", str], "Source"] | None = None  # (run, 'train' | 'evaluation')
     pictures: Callable[["Run", Mesh], Pictures] | None = None
+    begin: Callable[["Run", Mesh], dict[str, PyTree]] | None = None  # entries of a new state that are not fresh
     facts: Callable[["Run"], dict[str, Any]] | None = None  # of the data (shape, levels, ...): kept in STAGE/data.json
     optim: "OptimConfig | None" = None
     settings: "TrainConfig | None" = None
@@ -80,10 +81,15 @@ class Loaded(NamedTuple):
     levels: int  # images hold 0 ... levels - 1
     # (images, key, samples) -> nats per image, a bound with that many samples where it is one
     log_prob: Callable[..., Float[np.ndarray, " n"]]
-    # (key, n, temperature, label) -> images
-    sample: Callable[..., UInt8[np.ndarray, "n h w c"]]
+    # (key, n, temperature=..., ...) -> images, and what is to be known of drawing them (network calls); the options are
+    # those of the family
+    draw: Callable[..., tuple[UInt8[np.ndarray, "n h w c"], dict[str, Any]]]
     encode: Callable[[UInt8[np.ndarray, "n h w c"]], PyTree]
     decode: Callable[[PyTree], UInt8[np.ndarray, "n h w c"]]
     reconstruct: Callable[[UInt8[np.ndarray, "n h w c"]], UInt8[np.ndarray, "n h w c"]]
-    # network calls and the like, for sample.py
-    describe_sampling: Callable[[int], dict[str, Any]]
+    # (key, progress) -> what each of the family's samplers takes, one row each, and plots of it; where it has several
+    compare_samplers: Callable[..., tuple[list[dict[str, Any]], dict[str, np.ndarray]]] | None = None
+
+    def sample(self, key: Key[Array, ""], n: int, **options: Any) -> UInt8[np.ndarray, "n h w c"]:
+        """n images; image i depends on (key, i) alone, not on n."""
+        return self.draw(key, n, **options)[0]

@@ -5,6 +5,7 @@ It reads the state and changes nothing. Not here: the loop that calls it (`train
 """
 
 import textwrap
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from jaxtyping import PyTree
 from bitsperdim import evaluation, images, metrics, plots, rng
 from bitsperdim import run as run_lib
 from bitsperdim import step as step_lib
-from bitsperdim.errors import InputError, NonFiniteError
+from bitsperdim.errors import NonFiniteError
 from bitsperdim.model import Model, Stage
 from bitsperdim.run import Run
 from bitsperdim.sources import Source
@@ -23,11 +24,20 @@ from bitsperdim.sources import Source
 class Observer:
     """Call `open` when the first step is known, `after_step` after each, `close` at the end."""
 
-    def __init__(self, run: Run, stage: Stage, model: Model, source: Source, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        run: Run,
+        stage: Stage,
+        model: Model,
+        source: Source,
+        mesh: Mesh,
+        check_signals: Callable[[], None] = lambda: None,
+    ) -> None:
         assert stage.settings and stage.pictures
         self._config, self._model, self._mesh = stage.settings, model, mesh
         self._folder = run.folder(stage.name)
         self._source = source
+        self._check_signals = check_signals
         self._pictures = stage.pictures(run, mesh)
         self._key = rng.for_purpose(jax.random.key(run.seed(stage.name)), "evaluation")
         self._measure = evaluation.compiled(model, mesh)
@@ -44,9 +54,19 @@ class Observer:
             self._writer = metrics.Writer(self._folder, start, self._config.tensorboard)
         self._profile(start)
 
+    def catch_up(self, start: int, state: PyTree) -> dict[str, float]:
+        """The evaluation and pictures of step `start`, where a signal kept the last start from making them."""
+        if start == 0 or not self._is_due(start, self._config.evaluate_every):
+            return {}
+        lines = metrics.read(self._folder / metrics.FILE)
+        is_there = any(line["step"] == start and line.get("kind") == "evaluation" for line in lines)
+        return {} if is_there else self._look(start, state)
+
     def after_step(self, done: int, state: PyTree, report: step_lib.Report) -> dict[str, float]:
-        """Logs, evaluates and draws when it is time to; returns the figures of this step's evaluation, or none."""
-        config, last = self._config, done == self._config.steps
+        """Logs, evaluates and draws when it is time to; returns the figures of this step's evaluation, or none.
+
+        `Interrupted` in the middle of an evaluation where a signal has come.
+        """
         self._window.append(report)
         self._console.tick(done)
         self._profile(done, report)
@@ -54,21 +74,28 @@ class Observer:
             jax.block_until_ready(report)
             self._throughput.restart(done)
             self._compiled = True
-        logs, evaluates, draws = (
-            done % every == 0 or last for every in (config.log_every, config.evaluate_every, config.pictures_every)
+        if self._is_due(done, self._config.log_every):
+            with jax.transfer_guard("allow"):  # the loop forbids what a step did not ask for; figures come and go
+                self._log(done)
+        return self._look(done, state)
+
+    def _look(self, done: int, state: PyTree) -> dict[str, float]:
+        """Evaluates and draws when it is time to."""
+        evaluates, draws = (
+            self._is_due(done, every) for every in (self._config.evaluate_every, self._config.pictures_every)
         )
         figures: dict[str, float] = {}
-        if logs or evaluates or draws:
-            with jax.transfer_guard("allow"):  # the loop forbids what a step did not ask for; figures come and go
-                if logs:
-                    self._log(done)
+        if evaluates or draws:
+            with jax.transfer_guard("allow"):
                 if evaluates:
                     figures = self._evaluate(done, state)
                 if draws:
                     self._draw(done, state)
-        if evaluates or draws:
             self._throughput.restart(done)
         return figures
+
+    def _is_due(self, done: int, every: int) -> bool:
+        return done % every == 0 or done == self._config.steps
 
     def message(self, text: str) -> None:
         self._console.message(text)
@@ -81,7 +108,8 @@ class Observer:
             self._writer.close()
 
     def _log(self, done: int) -> None:
-        # Averages over every step since the last log, fetched at once: a fetch per step would stall the device.
+        # Averages over every step since the last log, or since a start between two logs, so their number is logged too.
+        # Fetched at once: a fetch per step would stall the device.
         reports = [(report.parts, report.tallies) for report in self._window]
         reports, figures = jax.device_get((reports, self._window[-1].figures))
         self._window = []
@@ -92,7 +120,8 @@ class Observer:
         rate = self._throughput.read(done)
         summary = self._model.summarize(means, tallies)
         self._console.progress(done, {name: summary[name] for name in list(summary)[:2]}, rate)
-        self._write(done, "train", {**summary, **figures, "images_per_second": rate.images_per_second})
+        count = {"steps": len(reports) * self._config.steps_per_dispatch}
+        self._write(done, "train", {**count, **summary, **figures, "images_per_second": rate.images_per_second})
         bad = int(figures["non_finite_in_a_row"])
         if bad >= self._config.max_non_finite:
             raise NonFiniteError(
@@ -101,6 +130,9 @@ class Observer:
             )
 
     def _evaluate(self, done: int, state: PyTree) -> dict[str, float]:
+        # The last one is made in full, since a complete stage is not started again. Several hosts would not see a
+        # signal after the same batch.
+        may_stop = done < self._config.steps and jax.process_count() == 1
         figures = evaluation.evaluate(
             self._model,
             self._measure,
@@ -110,10 +142,8 @@ class Observer:
             self._config.batch_size,
             self._mesh,
             self._key,
+            lambda _: self._check_signals() if may_stop else None,
         )
-        best = self._config.best_metric
-        if best and best not in figures:
-            raise InputError(f"best_metric '{best}' is no figure of the evaluation; there are {', '.join(figures)}")
         self._write(done, "evaluation", figures)
         shown = {name: value for name, value in figures.items() if not name.endswith("_standard_error")}
         text = f"evaluation at step {done}: {metrics.shown(shown)}"

@@ -36,6 +36,7 @@ class OptimConfig:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0  # decoupled: multiplied by the learning rate, never part of the moments
+    l2: float = 0.0  # times every parameter, added to its gradient before the moments: PyTorch's decay in Adam
     decay_mask: str = r"(^|/)kernel$"  # regex, searched in paths such as 'encoder/conv_0/kernel': what decays
 
     def __post_init__(self):
@@ -51,8 +52,10 @@ class OptimConfig:
         _require(0.0 <= self.b2 < 1.0, "b2", "lie in [0, 1)", self.b2)
         _require(0.0 < self.eps < math.inf, "eps", "be finite and > 0", self.eps)
         _require(0.0 <= self.weight_decay < math.inf, "weight_decay", "be finite and >= 0", self.weight_decay)
+        _require(0.0 <= self.l2 < math.inf, "l2", "be finite and >= 0", self.l2)
         if self.name == "adam":
-            _require(self.weight_decay == 0.0, "weight_decay", "be 0 for 'adam' ('adamw' decays)", self.weight_decay)
+            must = "be 0 for 'adam' ('adamw' decays so, l2 enters the moments)"
+            _require(self.weight_decay == 0.0, "weight_decay", must, self.weight_decay)
         _require(_is_regex(self.decay_mask), "decay_mask", "be a regular expression", self.decay_mask)
         if self.schedule == "sqrt":
             _require(self.warmup_steps > 0, "warmup_steps", "be > 0 for the schedule 'sqrt'", self.warmup_steps)
@@ -95,14 +98,15 @@ def depends_on_steps(config: OptimConfig) -> bool:
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Gradients to updates: scaling by moments, then decoupled weight decay, then the learning rate.
+    """Gradients to updates: l2, scaling by moments, then decoupled weight decay, then the learning rate.
 
     optax's own transformations are right as they are: `scale_by_adam` adds eps outside the root and debiases both
     moments, as Kingma & Ba 2015; `scale_by_adamax` keeps u <- max(b2 u, |g| + eps) and debiases only m, as PyTorch and
     Efficient-VDVAE. Its alias `optax.adamax` lacks weight decay, hence the chain.
     """
     scale = optax.scale_by_adamax if config.name == "adamax" else optax.scale_by_adam
-    parts = [scale(b1=config.b1, b2=config.b2, eps=config.eps)]
+    parts = [optax.add_decayed_weights(config.l2)] if config.l2 > 0.0 else []
+    parts.append(scale(b1=config.b1, b2=config.b2, eps=config.eps))
     if config.weight_decay > 0.0:
         parts.append(optax.add_decayed_weights(config.weight_decay, lambda params: decayed(params, config.decay_mask)))
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule(config, steps)))

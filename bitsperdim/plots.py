@@ -4,6 +4,7 @@ Not here: grids of images (`images.py`).
 """
 
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,13 @@ from jaxtyping import UInt8
 
 COLUMNS = 3
 # Drawn beside what they belong to, or of no use as a curve.
-HIDDEN = ("step", "kind", "images", "non_finite_in_a_row")
+HIDDEN = ("step", "kind", "steps", "images", "non_finite_in_a_row")
 
 
 def curves(records: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
     """One panel per figure of `metrics.read`, in the order in which they were logged; standard errors are left out."""
+    # Of a home that cannot be written to: a temporary folder does as well.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import, for those who only sample
     from matplotlib.figure import Figure
 
@@ -27,7 +30,8 @@ def curves(records: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
     panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for panel, name in zip(panels, names, strict=False):
         for kind, marker in (("train", ""), ("evaluation", "o")):
-            points = [(record["step"], record[name]) for record in records if record["kind"] == kind and name in record]
+            of_kind = [record for record in records if record.get("kind") == kind and name in record]
+            points = [(record["step"], record[name]) for record in of_kind]
             points = [(step, value) for step, value in points if value is not None]
             if points:
                 panel.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=kind)
@@ -38,14 +42,14 @@ def curves(records: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
         panel.set_axis_off()
     if names:
         panels[0].legend(fontsize=7)
-    return _render(FigureCanvasAgg(figure))
+    return render(FigureCanvasAgg(figure))
 
 
 def _is_shown(name: str) -> bool:
     return name not in HIDDEN and not name.endswith("_standard_error")
 
 
-def _render(canvas: Any) -> UInt8[np.ndarray, "h w 3"]:
+def render(canvas: Any) -> UInt8[np.ndarray, "h w 3"]:
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     buffer.seek(0)

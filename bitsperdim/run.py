@@ -30,8 +30,9 @@ from bitsperdim.model import Stage
 
 # Keys that do not change what is learned: they may differ when a run is started again.
 FREE_KEYS = frozenset(
-    {"data_dir", "cache_dir", "log_every", "evaluate_every", "pictures_every", "save_every", "keep_checkpoints"}
-    | {"accumulation", "max_non_finite", "tensorboard", "profile", "decode_threads", "cache_limit_gib"}
+    {"log_every", "evaluate_every", "pictures_every", "save_every", "keep_checkpoints"}
+    | {"accumulation", "max_non_finite", "tensorboard", "profile"}
+    | {"data_dir", "download", "cache_dir", "decode_threads", "cache_limit_gib"}
     # Where images lie; that they are the same ones is checked by their fingerprint.
     | {"path", "evaluation_path"}
 )
@@ -69,18 +70,23 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> tuple[types.ModuleType, Any
         values = values.to_dict()
     if "family" not in values:
         raise InputError("the config lacks the key 'family' (for example 'vqvae2')")
-    name = values["family"]
+    module = family(values["family"])
+    return module, config_lib.unpack(values, module.Config)
+
+
+def family(name: Any) -> types.ModuleType:
+    """The package of that name; `InputError` where it is none with models."""
     if not isinstance(name, str) or not name.isidentifier():
         raise InputError(f"'family' must name an installed family such as 'vqvae2', not {name!r}")
     try:
-        family = importlib.import_module(name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
         raise InputError(f"the family '{name}' of the config is not an installed package") from error
-    if not hasattr(family, "Config") or not hasattr(family, "stages"):
+    if not hasattr(module, "Config") or not hasattr(module, "stages"):
         raise InputError(f"'{name}' is not a family of models: it exports no Config and stages")
-    return family, config_lib.unpack(values, family.Config)
+    return module
 
 
 def check(workdir: str | os.PathLike[str], values: ConfigDict | Mapping[str, Any]) -> Run:
@@ -174,17 +180,38 @@ def _optim_beside(section: str, config: Any) -> optim.OptimConfig:
     return parent.optim
 
 
-def read_json(path: epath.Path, needed: Collection[str] = ()) -> dict[str, Any]:
-    """A file of the run; `InputError` where it is damaged or lacks one of the keys that are `needed`."""
+def read_json(path: epath.Path, needed: Collection[str] | Mapping[str, Any] = ()) -> dict[str, Any]:
+    """A file of the run; `InputError` where it is damaged or not what is `needed`.
+
+    That is names of keys, or their types by name: a class, a list of types, or again types by name.
+    """
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); restore it, or use a new --workdir") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} is damaged (it holds no object); restore it, or use a new --workdir")
-    if lacking := [key for key in needed if key not in values]:
-        raise InputError(f"{path} is damaged (it lacks {', '.join(lacking)}); restore it, or use a new --workdir")
+    if misfit := _misfit(values, needed):
+        raise InputError(f"{path} is damaged ({misfit}); restore it, or use a new --workdir")
     return values
+
+
+def _misfit(values: Mapping[str, Any], needed: Collection[str] | Mapping[str, Any], path: str = "") -> str:
+    """What is lacking or of another type, '' where nothing is."""
+    if lacking := [path + key for key in needed if key not in values]:
+        return f"it lacks {', '.join(lacking)}"
+    for key, kind in needed.items() if isinstance(needed, Mapping) else ():
+        if not _is_of(values[key], dict if isinstance(kind, Mapping) else kind):
+            return f"{path + key} is {json.dumps(values[key])[:40]}"
+        if isinstance(kind, Mapping) and (misfit := _misfit(values[key], kind, f"{path}{key}.")):
+            return misfit
+    return ""
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if isinstance(kind, list):
+        return isinstance(value, list) and len(value) == len(kind) and all(map(_is_of, value, kind))
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def write_json(path: epath.Path, values: Any) -> None:

@@ -1,21 +1,28 @@
-"""SIGTERM and SIGINT as a question that long work asks between two steps."""
+"""SIGTERM and SIGINT: at once where nothing is lost by it, else as a question that long work asks between two steps.
 
+Not here: what the scripts say then, and signals while they import (`scripts.py`).
+"""
+
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from bitsperdim.errors import Interrupted
 
 
 class Signals:
-    """While entered, remembers a signal instead of ending the process; a second SIGINT ends it at once.
+    """While entered, a signal raises `KeyboardInterrupt`; while `deferred`, it is remembered until `check` is called.
 
-    Handlers can be set in the main thread alone; elsewhere (a notebook's worker) no signal is ever seen.
+    A second SIGINT is not deferred. Handlers can be set in the main thread alone; elsewhere (a notebook's worker) no
+    signal is ever seen.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._is_deferred = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -29,12 +36,26 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """For work that has something to save first."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+
     def check(self) -> None:
-        """Raises `Interrupted` when a signal has come; for work that keeps no state of its own to save."""
+        """Raises `Interrupted` when a signal has come."""
         if self.received is not None:
             raise Interrupted(f"stopped by {signal.Signals(self.received).name}; the same command goes on from here")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received == number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if not self._is_deferred or self.received == number == signal.SIGINT:
+            raise_interrupt(number, frame)
         self.received = number
+
+
+def raise_interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """A handler. `KeyboardInterrupt`, since no library takes it for an error of its own."""
+    raise KeyboardInterrupt(signal.Signals(number).name)

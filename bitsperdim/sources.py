@@ -4,11 +4,12 @@ Not here: TFDS data sets (`tfds_source.py`), folders of images (`folder_source.p
 batches made from them (`data.py`).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt32
 
 from bitsperdim.errors import InputError
 
@@ -17,6 +18,7 @@ T = TypeVar("T")
 PHOTO_EVALUATION_STRIPS = ((96, 176), (320, 400))
 PHOTO_STRIDES = {"train": 4, "evaluation": 8}
 DIGITS_EVALUATION_SIZE = 360
+TOSSES = 2**64 - 2  # beside an example's word in the key of its binarisation
 
 
 class Source(NamedTuple):
@@ -28,8 +30,8 @@ class Source(NamedTuple):
     levels: int  # values are the integers 0 .. levels - 1
     num_classes: int  # 0 where there are no labels
     read: Callable[[np.ndarray], dict[str, np.ndarray]]  # indices -> {'image': uint8 NHWC, 'label': int32 if any}; pure
-    # (indices, uint64 words) -> as `read`, each image cropped where its random word says; None: always as `read`.
-    read_crops: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]] | None = None
+    # (indices, uint64 words) -> as `read`, each image cropped or binarised as its random word says; None: as `read`.
+    read_drawn: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]] | None = None
     fingerprint: str = ""  # of the stored images, where they may change between two starts of a run: a folder
     class_names: tuple[str, ...] = ()  # by label, where they are known
 
@@ -44,13 +46,52 @@ def reduce_bits(source: Source, bits: int) -> Source:
     def reduced(examples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return examples | {"image": examples["image"] >> (8 - bits)}
 
-    read, crops = source.read, source.read_crops
+    read, drawn = source.read, source.read_drawn
     return source._replace(
         name=f"{source.name}, {bits} bits",
         levels=2**bits,
         read=lambda indices: reduced(read(indices)),
-        read_crops=crops and (lambda indices, draws: reduced(crops(indices, draws))),
+        read_drawn=drawn and (lambda indices, draws: reduced(drawn(indices, draws))),
     )
+
+
+def binarize(source: Source, how: str) -> Source:
+    """The same images on 2 levels. `InputError` where there are no more already.
+
+    'threshold': 1 where a value lies above the middle of its levels (of 256: above 127).
+    'dynamic': 1 with probability x / (L - 1), each value by itself (Salakhutdinov & Murray 2008). A training batch
+    draws from the words of `read_drawn`, anew in every epoch; `read`, and so every evaluation, draws once for all, from
+    the index alone.
+    """
+    if source.levels == 2:
+        raise InputError(f"{source.name} has 2 levels already; leave data.binarize at ''")
+    top, read, drawn = source.levels - 1, source.read, source.read_drawn
+
+    def above_middle(examples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return examples | {"image": (examples["image"] > top // 2).astype(np.uint8)}
+
+    def tossed(examples: dict[str, np.ndarray], words: np.ndarray) -> dict[str, np.ndarray]:
+        # Whole numbers: P = floor(2**32 x / (L - 1)) / 2**32, which is exactly 0 and 1 at the ends.
+        chances = (examples["image"].astype(np.uint64) << 32) // np.uint64(top)
+        return examples | {"image": (_noise(words, chances.shape[1:]) < chances).astype(np.uint8)}
+
+    source = source._replace(name=f"{source.name}, {how} binarisation", levels=2)
+    if how == "threshold":
+        crops = drawn and (lambda indices, draws: above_middle(drawn(indices, draws)))
+        return source._replace(read=lambda indices: above_middle(read(indices)), read_drawn=crops)
+    return source._replace(
+        read=lambda indices: tossed(read(indices), np.asarray(indices)),
+        read_drawn=lambda indices, draws: tossed(drawn(indices, draws) if drawn else read(indices), draws),
+    )
+
+
+def _noise(words: np.ndarray, shape: tuple[int, ...]) -> UInt32[np.ndarray, "n ..."]:
+    """Uniform 32-bit numbers of `shape` for each word, which decides them alone."""
+    # An example has a stream of its own, so that it does not depend on the batch or the host that reads it.
+    count = -(-math.prod(shape) // 2)
+    streams = [np.random.Philox(key=np.array([word, TOSSES], np.uint64)).random_raw(count) for word in words.tolist()]
+    halves = np.stack(streams).astype("<u8").view("<u4")
+    return halves[:, : math.prod(shape)].reshape(-1, *shape)
 
 
 def digits(split: str) -> Source:

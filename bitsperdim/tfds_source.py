@@ -4,7 +4,7 @@ The folder `data_dir/name[/configuration]/version` describes itself (`dataset_in
 the catalogue of TFDS. `tensorflow_datasets` is imported only where the cache has no copy of the split.
 
 Not here: how images are decoded, resized and cached (`decode.py`, `encoded.py`), the framing of TFRecord
-(`tfrecord.py`), and making the files, which needs TensorFlow (`prepare.py`).
+(`tfrecord.py`), and making the files, which mostly needs TensorFlow (`prepare.py`).
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from bitsperdim import cache, encoded, tfrecord
+from bitsperdim import cache, decode, encoded, prepare, tfrecord
 from bitsperdim.decode import Preparation
 from bitsperdim.encoded import Encoded, Storage
 from bitsperdim.errors import InputError
@@ -25,7 +25,7 @@ from bitsperdim.sources import Source
 NAME = re.compile(r"(\w+(?:/[\w.-]+)?)(?::(\d+\.\d+\.\d+))?")  # data set with its configuration; version
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 FORMATS = ("array_record", "tfrecord")
-CACHE_FORMAT = 2  # raise when the meaning of what is cached changes
+INDEX_FORMAT = 2  # raise when the meaning of an index of shards changes
 
 
 class Folder(NamedTuple):
@@ -37,43 +37,67 @@ class Folder(NamedTuple):
     digest: str  # of the text of dataset_info.json
 
 
-def open_tfds(name: str, split: str, data_dir: str, preparation: Preparation, storage: Storage) -> Source:
+def open_tfds(
+    name: str, split: str, data_dir: str, preparation: Preparation, storage: Storage, download: bool = False
+) -> Source:
     """A split (or sub-split such as 'train[:90%]') of `name`, which may carry a configuration and a version.
 
     Height and width 0 of `preparation` take the images as they are stored, channels 0 those that the data set declares.
     Values of `binarized_mnist` are 0 and 1 (2 levels), those of all others 0..255. `InputError` names what is missing
     or unreadable.
     """
-    folder = find(name, data_dir)
+    folder = find(name, data_dir, download)
     _check_format(folder)
     _check_split_exists(folder, split)
     levels = 2 if folder.title.startswith("binarized_mnist:") else 256
     title = f"{folder.title} {split}"
     # Rotation is not applied: TFDS and TensorFlow do not, and published figures are on pixels as they are stored.
     preparation = preparation._replace(upright=False)
-    key = cache.entry_name(title, CACHE_FORMAT, folder.digest, preparation)
+    key = cache.entry_name(title, decode.FORMAT, folder.digest, preparation)
     open_encoded = lambda: _open_encoded(folder, split, levels, preparation, storage)
     return encoded.open_source(title, levels, key, open_encoded, storage)
 
 
-def find(name: str, data_dir: str) -> Folder:
-    """The folder of `name` in `data_dir`; the newest version where `name` gives none."""
+def find(name: str, data_dir: str, download: bool = False) -> Folder:
+    """The folder of `name` in `data_dir`; the newest version where `name` gives none.
+
+    With `download`, a data set that is not there is prepared, where that works without TensorFlow or it is installed.
+    """
     dataset, wanted = parse_name(name)
     root = epath.Path(data_dir).expanduser()
     unversioned = root / dataset
     versions = _versions(unversioned)
     if not versions:
-        raise _missing(dataset, root, unversioned)
+        _fetch(name, root, download)
+        versions = _versions(unversioned)
     version = wanted or versions[-1]
     if version not in versions:
         raise InputError(f"version {version} of '{dataset}' is not in {root}; present: {', '.join(versions)}")
     path = unversioned / version
-    text = (path / "dataset_info.json").read_text()
+    info, digest = _described(path / "dataset_info.json")
+    return Folder(path, f"{dataset}:{version}", info, digest)
+
+
+def _described(file: epath.Path) -> tuple[dict, str]:
+    """The content of dataset_info.json, of which the splits are checked, and its digest."""
     try:
-        info = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path / 'dataset_info.json'} is damaged ({error}); prepare the data set again") from error
-    return Folder(path, f"{dataset}:{version}", info, hashlib.sha256(text.encode()).hexdigest())
+        content = file.read_bytes()
+        info = json.loads(content)
+        _check_splits(info)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is damaged ({error}); prepare the data set again") from error
+    return info, hashlib.sha256(content).hexdigest()
+
+
+def _check_splits(info: Any) -> None:
+    if not isinstance(info, dict) or not isinstance(info.get("splits"), list):
+        raise ValueError("it has no list of splits")
+    for split in info["splits"]:
+        if not isinstance(split, dict) or not isinstance(split.get("name"), str):
+            raise ValueError("one of its splits has no name")
+        lengths = split.get("shardLengths", [])
+        if not isinstance(lengths, list) or not all(str(length).isdecimal() for length in lengths):
+            raise ValueError(f"the shardLengths of its split '{split['name']}' are no numbers")
 
 
 def parse_name(name: str) -> tuple[str, str]:
@@ -91,20 +115,46 @@ def _versions(folder: epath.Path) -> list[str]:
     return sorted(versions, key=lambda version: [int(number) for number in version.split(".")])
 
 
-def _missing(dataset: str, root: epath.Path, folder: epath.Path) -> InputError:
-    """What to say when `folder` holds no prepared version."""
-    configurations = [path.name for path in _subfolders(folder) if _versions(path)]
-    if configurations:
-        return InputError(
-            f"data set '{dataset}' in {root} has the configurations {', '.join(configurations)}; "
-            f"set data.name='{dataset}/{configurations[0]}'"
+def _fetch(name: str, root: epath.Path, download: bool) -> None:
+    """Prepares a data set of which `root` holds no version, or says why not."""
+    dataset, _ = parse_name(name)
+    base, _, configuration = dataset.partition("/")
+    _check_above(root, base, dataset)
+    configurations = [path.name for path in _subfolders(root / base) if _versions(path)]
+    if configurations and not (configuration and download):
+        lacks = f" and no '{configuration}'" if configuration else ""
+        raise InputError(
+            f"data set '{base}' in {root} has the configurations {', '.join(configurations)}{lacks}; "
+            f"set data.name='{base}/{configurations[0]}'"
         )
-    present = [path.name for path in _subfolders(root)]
-    there = f"(there: {', '.join(present)}) " if present else ""
-    return InputError(
-        f"data set '{dataset}' is not in {root} {there}and preparing it needs TensorFlow:\n"
-        f'  pip install "bitsperdim[prepare]" && python -m bitsperdim.prepare {dataset} --data_dir={root}'
-    )
+    if configuration and (versions := _versions(root / base)):
+        instead = f"{base}:{configuration}" if configuration in versions else base
+        raise InputError(
+            f"data set '{base}' in {root} has no configurations, so no '{configuration}'; set data.name='{instead}'"
+        )
+    present = [f"{base}/{name}" for name in configurations]
+    present = present or [path.name for path in _subfolders(root) if path.name != "downloads"]
+    missing = f"data set '{dataset}' is not in {root} " + (f"(there: {', '.join(present)}) " if present else "")
+    command = f'  pip install "bitsperdim[prepare]" && python -m bitsperdim.prepare {name} --data_dir={root}'
+    if not download:
+        raise InputError(f"{missing}and data.download=False forbids to fetch it:\n{command}")
+    try:
+        prepare.fetch(name, root)
+    except prepare.WrongName as error:
+        raise InputError(f"{missing}and {error}; set another data.name") from error
+    except prepare.Unprepared as error:
+        raise InputError(f"{missing}and {error}:\n{command}") from error
+
+
+def _check_above(root: epath.Path, base: str, dataset: str) -> None:
+    """`InputError` where `root` is no folder of data sets, but a file or the data set itself."""
+    if root.exists() and not root.is_dir():
+        raise InputError(f"data.data_dir {root} is a file; set it to the folder that holds the data sets")
+    for place in (root, *root.parents):
+        if place.name == base and _versions(place.parent / dataset):
+            raise InputError(
+                f"data.data_dir {root} is the data set '{dataset}' itself; give the folder above, {place.parent}"
+            )
 
 
 def _subfolders(folder: epath.Path) -> list[epath.Path]:
@@ -142,8 +192,7 @@ def _open_encoded(folder: Folder, split: str, levels: int, preparation: Preparat
     import tensorflow_datasets as tfds  # seconds to import; a cached split does without
 
     title = f"{folder.title} {split}"
-    builder: Any = tfds.builder_from_directory(folder.path)
-    features = builder.info.features
+    builder, features = _open_builder(folder)
     preparation = preparation._replace(channels=_channels(folder, features, preparation.channels))
     if levels != 256:
         _check_not_resized(folder, features["image"].shape, preparation)
@@ -157,6 +206,8 @@ def _open_encoded(folder: Folder, split: str, levels: int, preparation: Preparat
         try:
             example = parsed.deserialize_example_np(read(index), decoders=decoders)
             return example["image"], int(example["label"]) if num_classes else 0
+        except InputError:  # names the record already
+            raise
         except Exception as error:  # parsers raise anything; whatever it was, the record must be named
             raise InputError(
                 f"record {index} of {title} cannot be read ({error}); prepare the data set again"
@@ -164,6 +215,29 @@ def _open_encoded(folder: Folder, split: str, levels: int, preparation: Preparat
 
     describe = lambda index: f"record {index} of {title}"
     return Encoded(title, size, levels, num_classes, preparation, fetch, describe, "prepare the data set again")
+
+
+def _open_builder(folder: Folder) -> tuple[Any, Any]:
+    """TFDS's view of the folder, and its features. `InputError` names a description that cannot be understood."""
+    import tensorflow_datasets as tfds
+
+    file = folder.path / "features.json"
+    try:
+        if not json.loads(file.read_bytes()):
+            raise ValueError("it is empty")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is missing or damaged ({error}); prepare the data set again") from error
+    try:
+        builder: Any = tfds.builder_from_directory(folder.path)
+        features = builder.info.features
+        if not isinstance(features, tfds.features.FeaturesDict):
+            raise ValueError("its features have no names")
+    except Exception as error:  # TFDS raises anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(
+            f"{file} or dataset_info.json beside it is damaged ({reason}); prepare the data set again"
+        ) from error
+    return builder, features
 
 
 def _channels(folder: Folder, features: Any, asked: int) -> int:
@@ -208,10 +282,13 @@ def _open_records(
 ) -> Callable[[int], bytes]:
     """The serialized records of a split, by index."""
     if _file_format(folder) == "tfrecord":
-        index_dir = storage.folder / cache.entry_name(f"{folder.title} index", CACHE_FORMAT, folder.digest)
+        index_dir = storage.folder / cache.entry_name(f"{folder.title} index", INDEX_FORMAT, folder.digest)
         return tfrecord.open_records(parts, index_dir, storage.threads)
     import tensorflow_datasets as tfds
 
+    for path in dict.fromkeys(epath.Path(part.filename) for part in parts):
+        if path.is_dir() or not path.exists():
+            raise InputError(f"the shard {path} is missing; prepare the data set again")
     try:
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         return builder.as_data_source(split, deserialize_method=raw).__getitem__

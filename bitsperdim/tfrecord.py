@@ -1,8 +1,7 @@
 """Random access to the records of TFRecord shards, without TensorFlow.
 
 A shard is a row of records: length (8 bytes, little-endian), masked CRC-32C of the length (4), data, masked CRC-32C
-of the data (4). The lengths are walked once and checked; the checksums of the data are not, since plain Python takes
-longer for them than decoding the image does, and PNG has its own.
+of the data (4). The lengths are walked once and checked; the data of a record are checked the first time they are read.
 
 Not here: which records make a split (TFDS's `file_instructions`), and what is in a record (`tfds_source.py`).
 """
@@ -12,13 +11,14 @@ import pathlib
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 from etils import epath
 from jaxtyping import Int64
 
 from bitsperdim import cache
+from bitsperdim.crc32c import masked_crc32c
 from bitsperdim.errors import InputError
 
 HEADER, FOOTER = 12, 4  # bytes around the data of a record
@@ -44,12 +44,22 @@ def open_records(parts: Sequence[Part], index_dir: pathlib.Path, threads: int) -
     begins = np.concatenate([found[:-1] for found in taken])
     ends = np.concatenate([found[1:] for found in taken])
     shards = np.repeat(np.arange(len(parts)), [part.take for part in parts])
+    numbers = np.concatenate([part.skip + np.arange(part.take) for part in parts])
+    is_checked = np.zeros(len(shards), bool)
 
     def read(number: int) -> bytes:
         begin, end = int(begins[number]), int(ends[number])
-        with epath.Path(parts[shards[number]].filename).open("rb") as file:
+        path = epath.Path(parts[shards[number]].filename)
+        with _opened(path) as file:
             file.seek(begin + HEADER)
-            return file.read(end - begin - HEADER - FOOTER)
+            content = file.read(end - begin - HEADER)
+        data, checksum = content[:-FOOTER], int.from_bytes(content[-FOOTER:], "little")
+        if not is_checked[number] and masked_crc32c(data) != checksum:
+            raise InputError(
+                f"record {numbers[number]} of {path} is damaged (the checksum of its data); prepare the data set again"
+            )
+        is_checked[number] = True
+        return data
 
     return read
 
@@ -58,7 +68,7 @@ def boundaries(path: epath.Path) -> Int64[np.ndarray, " n+1"]:
     """Where every record begins, and where the last one ends. `InputError` where the shard is not whole."""
     size = _size(path)
     found, position = [0], 0
-    with path.open("rb") as file:
+    with _opened(path) as file:
         while position < size:
             header = file.read(HEADER)
             if len(header) < HEADER:
@@ -77,29 +87,11 @@ def boundaries(path: epath.Path) -> Int64[np.ndarray, " n+1"]:
     return np.array(found, np.int64)
 
 
-def masked_crc32c(content: bytes) -> int:
-    """The checksum of TFRecord: CRC-32C, rotated by 15 bits, plus a constant. A microsecond for a length."""
-    crc = 0xFFFFFFFF
-    for byte in content:
-        crc = (crc >> 8) ^ _CRC_TABLE[(crc ^ byte) & 0xFF]
-    crc ^= 0xFFFFFFFF
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def _crc_of_byte(byte: int) -> int:
-    for _ in range(8):
-        byte = (byte >> 1) ^ (0x82F63B78 if byte & 1 else 0)  # Castagnoli, reversed
-    return byte
-
-
-_CRC_TABLE = tuple(_crc_of_byte(byte) for byte in range(256))
-
-
 def _cached_boundaries(part: Part, index_dir: pathlib.Path) -> Int64[np.ndarray, " n+1"]:
     shard = epath.Path(part.filename)
     place = index_dir / f"{shard.name}.boundaries"
     found = _load(place)
-    if found is None or found[-1:] != _size(shard):
+    if found is None or found[-1] != _size(shard) or len(found) != part.examples_in_shard + 1:
         found = boundaries(shard)
         cache.write_bytes(place, found.astype("<i8").tobytes())
     if len(found) != part.examples_in_shard + 1:
@@ -113,9 +105,22 @@ def _cached_boundaries(part: Part, index_dir: pathlib.Path) -> Int64[np.ndarray,
 def _load(place: pathlib.Path) -> Int64[np.ndarray, " n+1"] | None:
     """A kept index; None where there is none that can be read, and it is made again."""
     try:
-        return np.frombuffer(place.read_bytes(), "<i8")
-    except (OSError, ValueError):
+        found = np.frombuffer(place.read_bytes(), "<i8")
+        if len(found) and found[0] == 0 and (np.diff(found) >= HEADER + FOOTER).all():
+            return found
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError):
+        pass
+    cache.say_damaged(place, "it is no list of places in a shard")
+    return None
+
+
+def _opened(path: epath.Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"the shard {path} cannot be read ({error.strerror}); prepare the data set again") from error
 
 
 def _size(path: epath.Path) -> int:

@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from bitsperdim import atomic, data, evaluation, metrics, optim, rng, sharding
+from bitsperdim import atomic, checkpoint, data, evaluation, metrics, optim, rng, sharding
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
 from bitsperdim.checkpoint import Checkpoints
-from bitsperdim.errors import InputError
+from bitsperdim.errors import InputError, Interrupted
 from bitsperdim.model import Model, Stage
 from bitsperdim.observer import Observer
 from bitsperdim.run import Run
@@ -35,19 +35,20 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", 
     A stage that begins, and that the run `init_from` has trained, begins with the Polyak weights from there.
 
     The same call again goes on where the last one stopped, bit for bit. Raises `InputError` before anything is written
-    when the config, the data or the folder do not fit, `Interrupted` after a signal, `NonFiniteError`.
+    when the config, the data or the folder do not fit, `Interrupted` after a signal (`KeyboardInterrupt` where there is
+    nothing to save), `NonFiniteError`.
     """
     with Signals() as signals:
         run = run_lib.check(workdir, values)
         chosen = (run.stage(only),) if only else run.stages()
-        for stage in chosen:
-            _check_schedule(stage)
-            if stage.model is not None:  # what cannot be built should not be found out when its turn comes, hours later
-                stage.model(run)
         mesh = sharding.make_mesh(run.config.mesh)
         for stage in chosen:
+            _check_schedule(stage)
             _check_batch_size(stage, mesh)
-        signals.check()
+        for stage in chosen:
+            # What cannot be built should not be found out when its turn comes, hours later. This may fetch the data.
+            if stage.model is not None:
+                stage.model(run)
         complete = {stage.name: is_complete(run, stage) for stage in chosen}
         if all(complete.values()):
             _say(f"{run.workdir} is complete: nothing left to do")
@@ -58,7 +59,7 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", 
                 continue
             _require(run, stage)
             if stage.extract is not None:
-                with _alone(run.folder(stage.name)):
+                with _alone(run.folder(stage.name)), signals.deferred():
                     stage.extract(run, mesh, signals.check)
             else:
                 train_stage(run, stage, mesh, signals, init_from)
@@ -83,13 +84,15 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
     config, seed, model = stage.settings, run.seed(stage.name), stage.model(run)
     sources = {split: stage.source(run, split) for split in ("train", "evaluation")}
     check_sources(run, stage, sources)
-    observer = Observer(run, stage, model, sources["evaluation"], mesh)
     like = abstract_state(run, stage, model, mesh)
+    _check_best_metric(config, model, like, sources["evaluation"])
+    observer = Observer(run, stage, model, sources["evaluation"], mesh, signals.check)
     weights = _warm_start(run, stage, like, init_from)
     _record_start(run, stage, sources)
+    _warn_of_micro_batches(stage, like)
     step = step_lib.compiled(model, stage.optim, config, seed, mesh, like)
     with _alone(run.folder(stage.name)), checkpoints_of(run, stage) as checkpoints:
-        state, start = _restored_or_new(run, stage, model, checkpoints, like, weights)
+        state, start = _restored_or_new(run, stage, model, mesh, checkpoints, like, weights)
         observer.open(start)
         each, over_batch = config.steps_per_dispatch, sharding.over_batch(mesh)
         batch = lambda index: data.train_batch(sources["train"], seed, index, config.batch_size, over_batch)
@@ -97,16 +100,22 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
         ahead = data.prefetch(make, start // each, config.steps // each)
         # Guarded, since a copy between host and devices that nobody asked for would stall every step.
         guard = jax.transfer_guard("disallow")
-        with contextlib.closing(observer), contextlib.closing(ahead) as dispatches, guard:
+        with signals.deferred(), contextlib.closing(observer), contextlib.closing(ahead) as dispatches, guard:
+            if figures := observer.catch_up(start, state):
+                checkpoints.save(start, state, figures)
             for done, batches in zip(range(start + each, config.steps + 1, each), dispatches, strict=True):
                 state, report = step(state, *batches)
-                figures = observer.after_step(done, state, report)
+                try:
+                    figures = observer.after_step(done, state, report)
+                except Interrupted:  # in the middle of an evaluation, which the next start makes
+                    figures = {}
                 if done % config.save_every == 0 or done == config.steps or signals.received is not None:
                     checkpoints.save(done, state, figures)
                 if signals.received is not None and done < config.steps:
                     checkpoints.wait()
                     observer.message(f"{stage.name}: saved at step {done:,}")
                     signals.check()
+            checkpoints.wait()
 
 
 def evaluate(run: Run, split: str) -> dict[str, Any]:
@@ -170,11 +179,11 @@ def restored_step(run: Run, name: str) -> int:
         return checkpoints.best_step() or max(checkpoints.steps(), default=0)
 
 
-def checkpoints_of(run: Run, stage: Stage) -> Checkpoints:
-    """The checkpoints of a stage; to be closed."""
+def checkpoints_of(run: Run, stage: Stage, remedy: str = checkpoint.REMEDY) -> Checkpoints:
+    """The checkpoints of a stage; to be closed. `remedy` is said where their arrays are not those of the config."""
     assert stage.settings is not None
     best = (stage.settings.best_metric, "min") if stage.settings.best_metric else None
-    return Checkpoints(run.folder(stage.name) / "checkpoints", stage.settings.keep_checkpoints, best)
+    return Checkpoints(run.folder(stage.name) / "checkpoints", stage.settings.keep_checkpoints, best, remedy)
 
 
 def abstract_state(run: Run, stage: Stage, model: Model, mesh: Mesh) -> PyTree:
@@ -185,7 +194,7 @@ def abstract_state(run: Run, stage: Stage, model: Model, mesh: Mesh) -> PyTree:
 
 
 def _restored_or_new(
-    run: Run, stage: Stage, model: Model, checkpoints: Checkpoints, like: PyTree, weights: PyTree | None
+    run: Run, stage: Stage, model: Model, mesh: Mesh, checkpoints: Checkpoints, like: PyTree, weights: PyTree | None
 ) -> tuple[PyTree, int]:
     restored = checkpoints.restore(like)
     if restored is not None:
@@ -194,6 +203,10 @@ def _restored_or_new(
     assert stage.optim and stage.settings
     key = rng.for_purpose(jax.random.key(run.seed(stage.name)), "init")
     state = state_lib.create(model, optim.optimizer(stage.optim, stage.settings.steps), key, like)
+    if stage.begin is not None:
+        begun = stage.begin(run, mesh)
+        place = lambda value, leaf: jax.device_put(value, leaf.sharding)
+        state |= jax.tree.map(place, begun, {entry: like[entry] for entry in begun})
     if weights is not None:
         # Copies: a buffer of the state cannot be donated twice.
         state |= weights | {"params": jax.tree.map(jnp.copy, weights["ema"])}
@@ -212,7 +225,8 @@ def _warm_start(run: Run, stage: Stage, like: PyTree, init_from: str) -> PyTree 
     if not restored_step(other, stage.name):
         _say(f"{stage.name}: not trained in {init_from}, so it starts anew")
         return None
-    with checkpoints_of(other, other.stage(stage.name)) as checkpoints:
+    remedy = f"begin without --init_from, or with the '{stage.name}' of a run whose model and images are like these"
+    with checkpoints_of(other, other.stage(stage.name), remedy) as checkpoints:
         step, weights = _best_or_last(checkpoints, {entry: like[entry] for entry in ("ema", "extra")})
     _say(f"{stage.name}: starting with the weights of step {step:,} of {init_from}")
     return weights
@@ -238,7 +252,7 @@ def _alone(folder: epath.Path) -> Iterator[None]:
 def check_sources(run: Run, stage: Stage, sources: dict[str, data.Source]) -> None:
     """Raises InputError where the images are not those that the stage began with."""
     path = run.folder(stage.name) / "sources.json"
-    before = run_lib.read_json(path) if path.exists() else {}
+    before = run_lib.read_json(path, {"train": dict, "evaluation": dict}) if path.exists() else {}
     for split, source in sources.items():
         now = _describe(source)
         changed = [key for key in now if split in before and before[split].get(key) != now[key]]
@@ -289,6 +303,28 @@ def _check_schedule(stage: Stage) -> None:
             optim.schedule(stage.optim, stage.settings.steps)
         except InputError as error:
             raise InputError(f"{stage.name}: {error}") from error
+
+
+def _warn_of_micro_batches(stage: Stage, like: PyTree) -> None:
+    """BatchNorm cannot know the moments of a whole batch before its last micro-batch has passed."""
+    assert stage.settings
+    parts = stage.settings.accumulation
+    if parts > 1 and isinstance(like["extra"], dict) and jax.tree.leaves(like["extra"].get("batch_stats")):
+        _say(
+            f"warning: {stage.name}: accumulation={parts}: BatchNorm normalises each micro-batch of "
+            f"{stage.settings.batch_size // parts} by itself; a model with norm='group', where it has the choice, is "
+            "the same function as without accumulation"
+        )
+
+
+def _check_best_metric(config: step_lib.TrainConfig, model: Model, like: PyTree, source: data.Source) -> None:
+    if not config.best_metric:
+        return
+    names = evaluation.figure_names(model, like["ema"], like["extra"], source, config.batch_size)
+    if config.best_metric not in names:
+        raise InputError(
+            f"best_metric '{config.best_metric}' is no figure of the evaluation; there are {', '.join(names)}"
+        )
 
 
 def _check_batch_size(stage: Stage, mesh: Mesh) -> None:

@@ -117,8 +117,11 @@ def load(run: Run, mesh: Mesh) -> Loaded:
     def decode(given: dict[str, np.ndarray]) -> np.ndarray:
         return coder.decode(autoencoder()["ema"], autoencoder()["extra"], given)
 
-    def sample(key: Key[Array, ""], n: int, temperature: float = 1.0, label: int | None = None) -> np.ndarray:
-        return chain()(key, n, temperature, label)
+    def draw(
+        key: Key[Array, ""], n: int, temperature: float = 1.0, label: int | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        calls = {name: height * width for name, (height, width) in grids(run).items()}
+        return chain()(key, n, temperature, label), {"network_calls_per_batch": calls, "batch": min(n, BATCH)}
 
     def log_prob(images: np.ndarray, key: Key[Array, ""] | None = None, samples: int = 1) -> NoReturn:
         raise InputError(
@@ -130,14 +133,10 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         config=run.config,
         levels=facts.of_run(run).levels,
         log_prob=log_prob,
-        sample=sample,
+        draw=draw,
         encode=encode,
         decode=decode,
         reconstruct=lambda images: decode(encode(images)),
-        describe_sampling=lambda count: {
-            "network_calls_per_batch": {name: height * width for name, (height, width) in grids(run).items()},
-            "batch": min(count, BATCH),
-        },
     )
 
 

@@ -39,9 +39,9 @@ def of_run(run: Run) -> Facts:
     """From the autoencoder's folder, or measured from the training images where it has none yet."""
     path = run.folder("autoencoder") / "data.json"
     if path.exists():
-        names = [field.name for field in dataclasses.fields(Facts)]
-        values = run_lib.read_json(path, names)
-        return Facts(**{name: values[name] for name in names} | {"shape": tuple(values["shape"])})
+        kinds = {"shape": [int, int, int], "levels": int, "num_classes": int, "variance": int | float}
+        values = run_lib.read_json(path, kinds)
+        return Facts(**{name: values[name] for name in kinds} | {"shape": tuple(values["shape"])})
     return measure(data.open_source(run.config.data, "train"), run.config.autoencoder.model.strides)
 
 

@@ -15,10 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, PyTree
 
-from bitsperdim import images, rng
+from bitsperdim import batch_norm, images, rng
 from bitsperdim.model import Aux, Batch, Model, Pictures, Stage
 from bitsperdim.run import Run
-from vqvae2 import autoencoder_stage, chain, codes, conditioning, facts
+from vqvae2 import autoencoder_stage, chain, codes, facts
 from vqvae2.config import BottomStageConfig, Config, TopStageConfig
 from vqvae2.prior import nll
 
@@ -78,7 +78,7 @@ def make(run: Run, name: str) -> Model:
 
     def update_extra(extra: PyTree, statistics: PyTree, key: Array, step: Array) -> PyTree:
         moments, batches = statistics["moments"], statistics["batches"]
-        return {"batch_stats": conditioning.update_running(extra["batch_stats"], moments, batches)}
+        return {"batch_stats": batch_norm.update_running(extra["batch_stats"], moments, batches)}
 
     def summarize(means: dict[str, float], tallies: PyTree) -> dict[str, float]:
         bits = means["nats_per_code"] * height * width / math.log(2.0)

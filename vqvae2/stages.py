@@ -11,8 +11,7 @@ from vqvae2.config import Config
 
 
 def stages(config: Config) -> tuple[Stage, ...]:
-    extraction = Stage("codes", ("autoencoder",), extract=codes.extract, is_extracted=codes.is_extracted)
-    return autoencoder_stage.stage(config), extraction, prior_stage.top(config), prior_stage.bottom(config)
+    return autoencoder_stage.stage(config), codes.stage(), prior_stage.top(config), prior_stage.bottom(config)
 
 
 def report(config: Config, measured: dict[str, Any]) -> dict[str, Any]:

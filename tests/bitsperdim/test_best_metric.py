@@ -111,6 +111,7 @@ def test_a_figure_that_the_evaluation_lacks_is_answered_with_those_it_has(toy_co
     message = "best_metric 'bits_per_dimm' is no figure of the evaluation; there are images, nats, bits_per_dim, black"
     with pytest.raises(InputError, match=message):
         trainer.train(config, str(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []  # so that the right name may be given to the same folder
 
 
 def test_saves_without_a_figure_are_refused(toy_config, tmp_path):

@@ -1,6 +1,8 @@
 """The cache of decoded images: whole or absent, whatever happens to its writers."""
 
 import io
+import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from bitsperdim import cache
+from bitsperdim import atomic, cache
 from bitsperdim.errors import InputError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), np.uint8)
@@ -81,12 +83,46 @@ cache.write(pathlib.Path(sys.argv[1]), "digits", 10, 5, killed())
     np.testing.assert_array_equal(cache.load(folder).images, IMAGES)
 
 
-def test_a_truncated_cache_is_named(tmp_path):
-    cache.write(tmp_path / "a", "digits", 10, 5, chunks())
-    with open(tmp_path / "a" / "images.npy", "r+b") as file:
+def cut(path):
+    with open(path, "r+b") as file:
         file.truncate(200)
-    with pytest.raises(InputError, match=r"the cache .*a is damaged \(.*\); remove the folder and start again"):
-        cache.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: cut(folder / "images.npy"),
+        lambda folder: (folder / "images.npy").write_bytes(b""),
+        lambda folder: (folder / "images.npy").unlink(),
+        lambda folder: [np.save(folder / "images.npy", IMAGES[:9]), np.save(folder / "labels.npy", LABELS[:9])],
+        lambda folder: np.save(folder / "images.npy", IMAGES.astype(np.float32)),
+        lambda folder: (folder / "labels.npy").write_bytes(b""),
+        lambda folder: np.save(folder / "labels.npy", LABELS[:9]),
+        lambda folder: (folder / "info.json").write_text("[1]"),
+        lambda folder: (folder / "info.json").write_bytes(b"\xff"),
+        lambda folder: (folder / "info.json").unlink(),
+        lambda folder: shutil.rmtree(folder) or folder.write_text("a file"),
+    ],
+)
+def test_a_damaged_cache_is_told_removed_and_made_again(tmp_path, capsys, damage):
+    folder = tmp_path / "a"
+    cache.write(folder, "digits", 10, 5, chunks())
+    damage(folder)
+    assert cache.load(folder) is None and names(tmp_path) == []
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"{folder} in the cache is damaged (") and told.endswith(") and made again")
+    cache.write(folder, "digits", 10, 5, chunks())
+    np.testing.assert_array_equal(cache.load(folder).images, IMAGES)
+
+
+def test_what_is_kept_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(atomic, "flush", lambda file: synced.append(file.name))
+    cache.write(tmp_path / "a", "digits", 10, 5, chunks())
+    cache.write_bytes(tmp_path / "b", b"index")
+    assert [pathlib.Path(path).name for path in synced[:3]] == ["images.npy", "labels.npy", "info.json"]
+    assert all(pathlib.Path(path).relative_to(tmp_path).parts[0].startswith((".a-", ".b-")) for path in synced)
+    assert len(synced) == 4
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
@@ -101,14 +137,16 @@ def test_the_cache_is_listed_and_cleared_and_nothing_else_is(tmp_path, capsys, m
     cache.write_bytes(tmp_path / f"{cache.entry_name('scan of a', 'b')}.json", bytes(2**20))
     killed = tmp_path / f".{cache.entry_name('digits', 1)}-0123abcd"
     killed.mkdir()
-    kept = ["holiday", "xla", "photo-2024.json"]
-    for name in kept:
+    kept = ["holiday", "xla2", "photo-2024.json"]
+    for name in (*kept, "xla"):
         (tmp_path / name).mkdir()
+    (tmp_path / "xla" / "jit_step-0123-cache").write_bytes(bytes(2**20))
     monkeypatch.setenv("BITSPERDIM_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["cache"])
     assert cache.main() == 0
     listed = capsys.readouterr().out.splitlines()
-    assert len(listed) == 6 and listed[-1] == f"       1.0 MiB  in {tmp_path}" and killed.name in listed[0]
+    assert len(listed) == 7 and listed[-1] == f"       2.0 MiB  in {tmp_path}" and killed.name in listed[0]
+    assert "       1.0 MiB  xla" in listed
     monkeypatch.setattr(sys, "argv", ["cache", "--clear"])
     assert cache.main() == 0
     assert names(tmp_path) == sorted(kept)

@@ -1,5 +1,9 @@
 """The picture of a stage's curves, by what can be seen in it."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 
 from bitsperdim import plots
@@ -63,3 +67,12 @@ def test_values_that_were_not_finite_leave_a_gap():
 
 def test_a_run_that_has_logged_nothing_yet_has_an_empty_picture():
     assert (plots.curves([]) == 255).all()
+
+
+def test_a_home_that_cannot_be_written_to_is_nothing_to_talk_about(tmp_path):
+    (tmp_path / "home").write_text("not a folder")
+    environment = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MPL", "XDG_"))}
+    command = [sys.executable, "-c", "from bitsperdim import plots; plots.curves([])"]
+    drawn = subprocess.run(command, env=kept | environment, capture_output=True, text=True)
+    assert (drawn.returncode, drawn.stderr) == (0, "")

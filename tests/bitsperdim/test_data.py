@@ -1,6 +1,7 @@
 """Batches as a pure function of (seed, step), complete epochs and splits, and the prefetching thread."""
 
 import itertools
+import math
 import os
 import socket
 import subprocess
@@ -64,6 +65,33 @@ def test_a_batch_is_the_same_on_any_number_of_devices_and_in_any_order():
         np.testing.assert_array_equal(batch["image"], expected)
         np.testing.assert_array_equal(batch["position"], np.arange(16))
         assert batch["image"].sharding.is_equivalent_to(sharding, 4) and batch["image"].dtype == np.uint8
+
+
+def test_dynamic_binarisation_draws_anew_in_each_epoch_and_the_same_wherever_it_is_read():
+    config = data.DataConfig("digits", binarize="dynamic")
+    source, grey = data.open_source(config, "train"), data.open_source(data.DataConfig("digits"), "train")
+    size = source.size
+    batches = [np.asarray(data.train_batch(source, 1, step, size, over(1))["image"]) for step in range(2)]
+    again = data.train_batch(data.open_source(config, "train"), 1, 1, size, over(1))["image"]
+    np.testing.assert_array_equal(batches[1], again)
+    by_index = [np.argsort(data.train_indices(size, 1, step * size, size)) for step in range(2)]
+    first, second = (batch[order] for batch, order in zip(batches, by_index, strict=True))
+    shares = grey.read(np.arange(size))["image"] / 16
+    # Two tosses of one coin differ with probability 2 p (1 - p).
+    assert np.mean(first != second) == pytest.approx(np.mean(2 * shares * (1 - shares)), rel=0.03)
+    assert np.mean(first) == pytest.approx(np.mean(shares), rel=0.01)
+    half = data.train_batch(source, 1, 0, 1024, over(8))["image"]
+    np.testing.assert_array_equal(half, batches[0][:1024])
+    assert (np.asarray(data.train_batch(source, 2, 0, size, over(1))["image"]) != batches[0]).any()
+
+
+def test_dynamic_binarisation_is_drawn_once_for_evaluation():
+    source = data.open_source(data.DataConfig("digits", binarize="dynamic"), "evaluation")
+    gather = lambda size: np.concatenate(
+        [np.asarray(batch["image"])[batch["mask"]] for batch in data.evaluation_batches(source, size, over(8))]
+    )
+    np.testing.assert_array_equal(gather(16), gather(200))
+    np.testing.assert_array_equal(gather(16), source.read(np.arange(360))["image"])
 
 
 def test_each_row_is_read_once_however_many_devices_hold_it():
@@ -211,10 +239,38 @@ def wait_until(condition):
             {"source": "tfds", "name": "cifar10:3"},
             "name must look like 'cifar10', 'celeb_a_hq/64' or 'cifar10:3.0.2', not 'cifar10:3'",
         ),
+        (
+            {"source": "photos", "image_size": 8, "channels": 1},
+            "channels must be 0 where the source is 'photos', not 1",
+        ),
+        (
+            {"source": "photos", "image_size": 8, "train_crop": "random"},
+            "train_crop must be 'centre' where the source is 'photos', not 'random'",
+        ),
+        ({"source": "digits", "resize": "none"}, "resize must be 'cover' where the source is 'digits', not 'none'"),
+        ({"source": "digits", "upscale": True}, "upscale must be False where the source is 'digits', not True"),
+        (
+            {"source": "synthetic", "image_size": 8, "crop_box": (0, 0, 4, 4)},
+            "crop_box must be () where the source is 'synthetic', not (0, 0, 4, 4)",
+        ),
+        (
+            {"source": "tfds", "name": "cifar10", "test_fraction": 0.1},
+            "test_fraction must be 0.0 where the source is 'tfds', not 0.1",
+        ),
+        ({"source": "digits", "evaluation_fraction": math.nan}, "evaluation_fraction must be a number, not nan"),
+        ({"source": "digits", "cache_limit_gib": math.nan}, "cache_limit_gib must be a number, not nan"),
+        (FOLDER | {"test_fraction": math.nan}, "test_fraction must be a number, not nan"),
+        (FOLDER | {"test_fraction": 0.9}, "test_fraction must be at least 0 and below 0.9, not 0.9"),
+        (
+            FOLDER | {"test_fraction": 1.0, "evaluation_path": "others"},
+            "test_fraction must be at least 0 and below 1, not 1.0",
+        ),
         ({"source": "digits", "image_size": -1}, "image_size must be 0 (as stored) or an edge in pixels, not -1"),
         ({"source": "photos"}, "image_size must be given for the source 'photos', not 0"),
         ({"source": "digits", "image_size": 32}, "image_size must be 0 or 8 for the source 'digits', not 32"),
         ({"source": "digits", "bits": 9}, "bits must lie in 1..8, not 9"),
+        ({"source": "digits", "binarize": "static"}, "binarize must be '', 'threshold' or 'dynamic', not 'static'"),
+        ({"source": "digits", "binarize": "dynamic", "bits": 1}, "bits must be 8 where binarize is 'dynamic', not 1"),
         (
             {"source": "synthetic", "image_size": 8, "synthetic_levels": 257},
             "synthetic_levels must lie in 2..256, not 257",

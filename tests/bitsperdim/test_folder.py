@@ -1,6 +1,7 @@
 """Folders of images: splits, labels, changes, crops, and an error for everything that can be wrong with them."""
 
 import errno
+import json
 import os
 import pathlib
 import shutil
@@ -65,17 +66,33 @@ def test_the_splits_are_disjoint_and_complete_and_stay_as_images_are_added(pictu
         assert images < as_set(all_images(open_split(pictures, split)))
 
 
-def test_the_share_for_evaluation_is_the_one_asked_and_never_changes():
-    chosen = [folder_source.is_for_evaluation(f"image {index}.png", 0.05) for index in range(20_000)]
-    assert abs(np.mean(chosen) - 0.05) < 0.006  # four standard deviations
-    assert [folder_source.is_for_evaluation(name, 0.5) for name in "abcdefgh"] == [
-        True, True, True, True, True, False, False, True,
-    ]  # fmt: skip
+def test_three_splits_are_disjoint_and_complete_and_neither_share_moves_the_images_of_the_other(pictures, open_split):
+    values = {"evaluation_fraction": 0.3, "test_fraction": 0.3}
+    found = {split: as_set(all_images(open_split(pictures, split, **values))) for split in folder_source.SPLITS}
+    assert len(set.union(*found.values())) == 40 == sum(len(images) for images in found.values())
+    without = as_set(all_images(open_split(pictures, "evaluation", evaluation_fraction=0.3)))
+    fewer = as_set(all_images(open_split(pictures, "test", evaluation_fraction=0.1, test_fraction=0.3)))
+    assert found["evaluation"] == without and found["test"] == fewer
+
+
+def test_a_test_split_is_held_out_beside_a_folder_for_evaluation(pictures, open_split, tmp_path):
+    shutil.move(pictures / "b", tmp_path / "held out")
+    values = {"evaluation_path": str(tmp_path / "held out"), "test_fraction": 0.4}
+    train, test = (as_set(all_images(open_split(pictures, split, **values))) for split in ("train", "test"))
+    assert test and not train & test and len(train | test) == 20
+    assert open_split(pictures, "evaluation", **values).size == 20
+
+
+def test_the_shares_are_those_asked_and_never_change():
+    chosen = [folder_source.split_of(f"image {index}.png", 0.05, 0.05) for index in range(20_000)]
+    for split in ("evaluation", "test"):
+        assert abs(np.mean([name == split for name in chosen]) - 0.05) < 0.006  # four standard deviations
+    assert [folder_source.split_of(name, 0.5, 0.25)[:2] for name in "abcdefgh"] == [*["ev"] * 5, "te", "tr", "ev"]
     # One accent, as one character and as two.
     names = [
         (f"{index} \N{LATIN SMALL LETTER E WITH ACUTE}", f"{index} e\N{COMBINING ACUTE ACCENT}") for index in range(50)
     ]
-    assert all(len({folder_source.is_for_evaluation(name, 0.5) for name in pair}) == 1 for pair in names)
+    assert all(len({folder_source.split_of(name, 0.5) for name in pair}) == 1 for pair in names)
 
 
 def test_a_folder_of_its_own_for_evaluation(pictures, open_split, tmp_path):
@@ -155,6 +172,9 @@ def test_decoded_when_read_or_kept_the_images_are_the_same(tmp_path, open_split)
         save(tmp_path / "large" / f"{index}.jpg", np.kron(noise(10, 14, 3, seed=index), np.ones((9, 9, 1), np.uint8)))
     values = {"image_size": 0, "image_height": 72, "image_width": 80, "resize": "cover", "evaluation_fraction": 1e-9}
     kept = open_split(tmp_path / "large", **values)
+    everything = {"cache_limit_gib": float("inf"), "cache_dir": str(tmp_path / "c3")}
+    assert open_split(tmp_path / "large", **values, **everything).size == 6
+    assert len(list((tmp_path / "c3").iterdir())) == 2  # the images, and what was found in the folder
     read = [open_split(tmp_path / "large", cache_limit_gib=0.0, decode_threads=n, **values) for n in (1, 3)]
     indices = np.array([5, 0, 3, 3])
     expected = kept.read(indices)["image"]
@@ -204,7 +224,7 @@ def test_evaluation_and_plain_reading_are_at_the_centre(coordinates, open_split)
     open_split(coordinates, evaluation_fraction=0.3)  # keeps the centres, which random crops must not be taken from
     train = open_split(coordinates, train_crop="random", evaluation_fraction=0.3)
     evaluation = open_split(coordinates, "evaluation", train_crop="random", evaluation_fraction=0.3)
-    assert evaluation.read_crops is None and train.read_crops is not None
+    assert evaluation.read_drawn is None and train.read_drawn is not None
     for source in (train, evaluation):
         assert (source.read(np.arange(source.size))["image"][:, 0, 0, :2] == [2, 7]).all()
 
@@ -213,7 +233,17 @@ def test_fewer_bits_reach_random_crops(coordinates, open_split):
     values = {"train_crop": "random", "evaluation_fraction": 1e-9}
     full, reduced = (open_split(coordinates, bits=bits, **values) for bits in (8, 3))
     arguments = np.arange(4), data.train_draws(0, 0, 4)
-    np.testing.assert_array_equal(reduced.read_crops(*arguments)["image"], full.read_crops(*arguments)["image"] // 32)
+    np.testing.assert_array_equal(reduced.read_drawn(*arguments)["image"], full.read_drawn(*arguments)["image"] // 32)
+
+
+def test_binarisation_reaches_random_crops(coordinates, open_split):
+    values = {"train_crop": "random", "evaluation_fraction": 1e-9}
+    full, sharp, tossed = (open_split(coordinates, binarize=how, **values) for how in ("", "threshold", "dynamic"))
+    draws = np.tile(data.train_draws(0, 0, 4), 200)
+    grey, binary, drawn = (source.read_drawn(np.arange(800) % 4, draws)["image"] for source in (full, sharp, tossed))
+    np.testing.assert_array_equal(binary, grey > 127)
+    np.testing.assert_array_equal(drawn[:4], drawn[4:8])
+    assert drawn[:4].mean() == pytest.approx(grey[:4].mean() / 255, abs=0.01)
 
 
 def test_the_random_words_of_a_position_are_the_same_in_every_batch_and_with_every_numpy():
@@ -234,7 +264,13 @@ def test_missing_empty_and_strange_folders_are_named(tmp_path, open_split, pictu
         "they end in .png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff"
     )
     assert failure(lambda: open_split(pictures, "test")) == (
-        "source 'folder' has the splits train and evaluation, not 'test'"
+        "source 'folder' has no split 'test' where data.test_fraction is 0; set it, to 0.1 say"
+    )
+    assert failure(lambda: open_split(pictures, "extra")) == (
+        "source 'folder' has the splits train, evaluation, test, not 'extra'"
+    )
+    assert failure(lambda: open_split(pictures, "test", test_fraction=1e-9)) == (
+        f"none of the 40 images in {pictures} is in the split test; change data.test_fraction=1e-09"
     )
     assert failure(lambda: open_split(pictures, "evaluation", evaluation_fraction=1e-9)) == (
         f"none of the 40 images in {pictures} is in the split evaluation; "
@@ -256,6 +292,59 @@ def test_links_are_followed_and_circles_are_not(pictures, open_split):
     assert sum(open_split(pictures, split, skip_unreadable=True).size for split in ("train", "evaluation")) == 40
 
 
+def test_nothing_counts_twice_by_way_of_links(tmp_path, open_split, capsys):
+    root, store = tmp_path / "pictures", tmp_path / "store"
+    for index in range(4):
+        save(root / "b" / f"{index}.png", noise(20, 30, 3, seed=index))
+        save(store / f"{index + 4}.png", noise(20, 30, 3, seed=index + 4))
+        save(root / ".annex" / f"{index + 8}.png", noise(20, 30, 3, seed=index + 8))
+    (root / "a0").symlink_to(root / "b")  # comes first, and is not taken for the class
+    (root / "b" / "again.png").symlink_to(root / "b" / "0.png")
+    (root / "c").symlink_to(store)
+    (root / "d").symlink_to(store)  # as the one before
+    (root / "e").symlink_to(root / ".annex")  # which nothing else leads to
+    source = open_split(root, labels=True, evaluation_fraction=1e-9)
+    assert source.class_names == ("b", "c", "e")
+    assert as_set(all_images(source)) == {noise(20, 30, 3, seed=index)[2:18, 7:23].tobytes() for index in range(12)}
+    assert source.size == 12
+    assert "3 links to what counts under its own name ignored (a0, b/again.png, d)\n" in capsys.readouterr().err
+
+
+def test_a_pipe_is_named_and_not_waited_for(pictures, open_split):
+    os.mkfifo(pictures / "x.png")
+    os.mkfifo(pictures / "x.txt")
+    assert failure(lambda: open_split(pictures)) == (
+        f"{pictures}/x.png is a pipe, a socket or a device and no file; remove it or set data.skip_unreadable=true"
+    )
+    assert sum(open_split(pictures, split, skip_unreadable=True).size for split in ("train", "evaluation")) == 40
+
+
+def test_names_of_several_lines_make_messages_of_one(pictures, open_split):
+    (pictures / "a\nb").mkdir()
+    (pictures / "a\nb" / "\udcff.png").write_bytes(b"")
+    assert failure(lambda: open_split(pictures)) == (
+        f"{pictures}/a\\nb/\\udcff.png is empty (0 bytes); remove it or set data.skip_unreadable=true"
+    )
+
+
+def test_a_remedy_is_told_once(pictures, open_split):
+    head, *lines = failure(lambda: open_split(pictures, image_size=25)).split("\n  ")
+    assert head.endswith(f"files of {pictures} do not fit; set data.upscale=true or a smaller size:")
+    assert len(lines) > 30 and all(line.endswith(".png is 20x30, smaller than 25x25") for line in lines)
+
+
+@pytest.mark.parametrize("content", [b"", b"[[]]", b"{}", b"[1]", b"\xff", None])
+def test_a_damaged_scan_is_made_again(pictures, open_split, tmp_path, content, capsys):
+    before = open_split(pictures).fingerprint
+    (place,) = (tmp_path / "cache").glob("scan-of-*.json")
+    known = json.loads(place.read_text())
+    known[3][4] = "q"  # a height
+    place.write_bytes(json.dumps(known).encode() if content is None else content)
+    assert open_split(pictures).fingerprint == before
+    assert content == b"{}" or f"{place} in the cache is damaged (" in capsys.readouterr().err
+    assert json.loads(place.read_text())[3][4] == 20
+
+
 @pytest.mark.parametrize(
     "number, text", [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")]
 )
@@ -263,7 +352,7 @@ def test_a_cache_that_cannot_be_written_is_named(pictures, open_split, tmp_path,
     def refuse(*arguments, **values):
         raise OSError(number, os.strerror(number))
 
-    where = {errno.ENOSPC: (cache, "_write_images"), errno.EROFS: (pathlib.Path, "write_bytes")}[number]
+    where = {errno.ENOSPC: (cache, "_write_images"), errno.EROFS: (pathlib.Path, "replace")}[number]
     monkeypatch.setattr(*where, refuse)
     message = failure(lambda: open_split(pictures))
     assert message.startswith(f"cannot write the cache {tmp_path}/cache/")

@@ -77,7 +77,7 @@ def test_a_line_cut_by_a_kill_is_passed_over_and_then_removed(tmp_path):
 
 def test_damage_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    for damaged in (b'{"st', b"[1, 2]", b"{}", b"\xff\xfe"):
+    for damaged in (b'{"st', b"[1, 2]", b"{}", b"\xff\xfe", b'{"step": 2, "mse": "low"}', b'{"step": [2]}'):
         path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
         with pytest.raises(InputError, match=r"metrics.jsonl, line 2, is no record"):
             metrics.read(path)

@@ -67,7 +67,13 @@ def test_a_value_out_of_its_range_is_named_with_its_whole_key(train, tmp_path, k
 
 @pytest.mark.parametrize(
     ("content", "what"),
-    [('{"train": {"na', "Expecting|Unterminated"), ("", "Expecting value"), ("[]", "it holds no object")],
+    [
+        ('{"train": {"na', "Expecting|Unterminated"),
+        ("", "Expecting value"),
+        ("[]", "it holds no object"),
+        ('{"train": {}}', "it lacks evaluation"),
+        ('{"train": 5, "evaluation": {}}', "train is 5"),
+    ],
 )
 def test_a_damaged_record_of_the_images_is_named(train, tmp_path, content, what):
     assert train("--config.train.steps=4")[0] == 0

@@ -31,7 +31,7 @@ def unbroken(toy_config, tmp_path_factory):
 
 def start(workdir, before="", **changes):
     """train.py in a process of its own; `before` is run first, in the same process."""
-    script = f"{textwrap.dedent(before)}\nfrom bitsperdim import cli\ncli.train()"
+    script = f"{textwrap.dedent(before)}\nfrom bitsperdim import scripts\nscripts.train()"
     changes = CHANGES | {f"train.{name}": value for name, value in changes.items()}
     flags = [f"--config={TOY / 'toy.py'}", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in changes.items())]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TOY), *sys.path])}
@@ -132,6 +132,94 @@ def test_told_to_stop_a_run_saves_exits_with_3_and_goes_on(
         assert saved_state(tmp_path)["step"] == saved
     trainer.train(toy_config(CHANGES), str(tmp_path))
     assert_same_run(tmp_path, unbroken, saved_state, assert_same_bits)
+
+
+def test_a_signal_in_an_evaluation_stops_it_and_the_next_start_makes_it(
+    tmp_path, toy_config, unbroken, saved_state, assert_same_bits, monkeypatch
+):
+    """The figures are those of the unbroken run, each step is there once, and the best step has its figure."""
+    measured, batches = [], trainer.evaluation.data.evaluation_batches
+
+    def slow_batches(source, *rest):
+        for index, batch in enumerate(batches(source, *rest)):
+            measured.append(index)
+            if len(measured) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(trainer.evaluation.data, "evaluation_batches", slow_batches)
+    changes = CHANGES | {"train.save_every": 10, "train.best_metric": "nats"}
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        trainer.train(toy_config(changes), str(tmp_path / "run"))
+    assert measured == list(range(5))  # of 23
+    assert saved_state(tmp_path / "run")["step"] == 10
+    run = trainer.train(toy_config(changes), str(tmp_path / "run"))
+    monkeypatch.undo()
+    kept = [metrics.read(folder / "model" / metrics.FILE) for folder in (tmp_path / "run", unbroken)]
+    for line in [*kept[0], *kept[1]]:
+        line.pop("images_per_second", None)
+    assert kept[0] == kept[1]
+    assert_same_bits(saved_state(tmp_path / "run", STEPS), saved_state(unbroken, STEPS))
+    with trainer.checkpoints_of(run, run.stage("model")) as checkpoints:
+        logged = {line["step"]: line["nats"] for line in kept[1] if line["kind"] == "evaluation"}
+        assert checkpoints.best_step() == min(logged, key=logged.get)
+
+
+def test_the_last_evaluation_is_made_in_full(tmp_path, toy_config, monkeypatch):
+    """A complete stage is not started again, so nothing would make up for it."""
+    batches = trainer.evaluation.data.evaluation_batches
+
+    def stopping_batches(source, *rest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from batches(source, *rest)
+
+    monkeypatch.setattr(trainer.evaluation.data, "evaluation_batches", stopping_batches)
+    with pytest.raises(Interrupted):
+        trainer.train(toy_config({"train.steps": 3}), str(tmp_path))
+    lines = metrics.read(tmp_path / "model" / metrics.FILE)
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [3]
+
+
+IMPORT_SLOWLY = """
+    import sys, time
+
+    class Slow:
+        def find_spec(self, name, *_):
+            if name == "jax":
+                print("importing jax", file=sys.stderr, flush=True)
+                time.sleep(30)
+
+    sys.meta_path.insert(0, Slow())
+"""
+OPEN_SLOWLY = """
+    import sys, time
+    from bitsperdim import data
+
+    def open_slowly(*_):
+        try:
+            print("opening the data", file=sys.stderr, flush=True)
+            time.sleep(30)
+        except Exception:  # as a reader of files has it
+            print("taken for an error of the reader", file=sys.stderr)
+
+    data.open_source = open_slowly
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("before, moment", [(IMPORT_SLOWLY, "importing"), (OPEN_SLOWLY, "opening")])
+def test_told_to_stop_before_it_trains_it_ends_at_once_with_3_and_leaves_nothing(tmp_path, before, moment, number):
+    began = time.monotonic()
+    with start(tmp_path / "run", before) as process:
+        read_until(process, moment)
+        process.send_signal(number)
+        _, said = process.communicate()
+    assert (process.returncode, said.splitlines()) == (
+        3,
+        [f"stopped by {number.name}; the same command goes on from what is saved"],
+    )
+    assert time.monotonic() - began < 25
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_batch_is_left_out_or_seen_twice(toy_config, tmp_path, monkeypatch):

@@ -70,6 +70,43 @@ def test_fewer_bits_keep_the_high_ones():
     assert reduced.levels == 32 and reduced.name == "photos train, 5 bits"
 
 
+def grey_ramp():
+    """256 examples of 60 x 50 pixels, the i-th of them all of level i."""
+    read = lambda indices: {"image": np.tile(indices.astype(np.uint8)[:, None, None, None], (60, 50, 1))}
+    return sources.Source("ramp", 256, (60, 50, 1), 256, 0, read)
+
+
+def test_a_threshold_lies_in_the_middle_of_the_levels():
+    values = sources.binarize(grey_ramp(), "threshold").read(np.arange(256))["image"]
+    np.testing.assert_array_equal(values[:, 0, 0, 0], np.arange(256) > 127)
+    binary, grey = sources.binarize(sources.digits("train"), "threshold"), sources.digits("train")
+    indices = np.arange(200)
+    np.testing.assert_array_equal(binary.read(indices)["image"], grey.read(indices)["image"] > 8)
+    assert (binary.levels, binary.name, values.dtype) == (2, "digits train, threshold binarisation", np.uint8)
+    np.testing.assert_array_equal(binary.read(indices)["label"], grey.read(indices)["label"])
+
+
+def test_a_value_is_tossed_with_its_own_probability_and_the_ends_are_certain():
+    source, words = sources.binarize(grey_ramp(), "dynamic"), np.arange(256, dtype=np.uint64) << 40
+    for values in (source.read(np.arange(256))["image"], source.read_drawn(np.arange(256), words)["image"]):
+        shares = values.reshape(256, -1).mean(axis=1)
+        expected = np.arange(256) / 255
+        deviation = np.sqrt(expected * (1 - expected) / 3000)
+        assert (np.abs(shares - expected) <= 4.5 * deviation).all()
+        assert values[0].max() == 0 and values[255].min() == 1
+        assert values.dtype == np.uint8 and source.levels == 2
+        # The second half of each 64-bit word is no copy of the first, nor is one row of the next.
+        half = values[128].ravel().astype(float)
+        assert abs(np.corrcoef(half[::2], half[1::2])[0, 1]) < 0.1
+        assert abs(np.corrcoef(half[:-50], half[50:])[0, 1]) < 0.1
+
+
+def test_the_tosses_are_the_same_with_every_version_of_numpy():
+    # Runs resume on machines with another NumPy; these values must never change.
+    image = sources.binarize(grey_ramp(), "dynamic").read(np.array([128]))["image"]
+    np.testing.assert_array_equal(image.ravel()[:16], [0, 1, 1, 1, 0, 1, 0, 1, 1, 0, 1, 1, 1, 1, 1, 0])
+
+
 @pytest.mark.parametrize(
     "open_it, message",
     [
@@ -78,6 +115,10 @@ def test_fewer_bits_keep_the_high_ones():
         (
             lambda: sources.reduce_bits(sources.digits("train"), 5),
             "digits train has 17 levels and bits reduces from 256 only; leave data.bits at 8, not 5",
+        ),
+        (
+            lambda: sources.binarize(sources.synthetic("train", 4, (2, 2, 1), 2, 0), "dynamic"),
+            "synthetic train has 2 levels already; leave data.binarize at ''",
         ),
     ],
 )

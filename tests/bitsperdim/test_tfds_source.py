@@ -3,6 +3,7 @@
 Not here: folders of TFRecord files (`test_tfrecord.py`).
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -92,6 +93,17 @@ def test_binarized_mnist_has_two_levels_and_no_labels(open_split):
         open_split("binarized_mnist", "validation[:100]", bits=5)
 
 
+def test_grey_digits_are_binarised_by_a_threshold_or_by_tosses(open_split):
+    grey = open_split("mnist", "test[:2000]").read(np.arange(2000))["image"]
+    sharp, tossed = (open_split("mnist", "test[:2000]", binarize=how) for how in ("threshold", "dynamic"))
+    np.testing.assert_array_equal(sharp.read(np.arange(2000))["image"], grey > 127)
+    drawn = tossed.read_drawn(np.arange(2000), np.arange(2000, dtype=np.uint64))["image"]
+    assert (tossed.levels, tossed.num_classes, np.unique(drawn).tolist()) == (2, 10, [0, 1])
+    assert drawn.mean() == pytest.approx(grey.mean() / 255, rel=0.01)
+    np.testing.assert_array_equal(drawn[grey % 255 == 0], grey[grey % 255 == 0] // 255)
+    assert "has 2 levels already" in failure(lambda: open_split("binarized_mnist", "test[:7]", binarize="dynamic"))
+
+
 def test_a_configuration_is_found_by_its_name(open_split):
     source = open_split("celeb_a_hq/64", "train[:3]", image_size=64)
     assert source[:4] == ("celeb_a_hq/64:2.0.0 train[:3]", 3, (64, 64, 3), 256)
@@ -142,13 +154,13 @@ def failure(open_it):
 
 
 def test_what_is_missing_is_named_with_what_is_there(open_split, tfds_dir, tmp_path):
-    prepare = 'preparing it needs TensorFlow:\n  pip install "bitsperdim[prepare]" && python -m bitsperdim.prepare svhn'
+    prepare = 'download=False forbids to fetch it:\n  pip install "bitsperdim[prepare]" && python -m bitsperdim.prepare'
     present = "binarized_mnist, celeb_a_hq, cifar10, kodak, mnist, tiny_imagenet"
-    assert failure(lambda: open_split("svhn", "train")) == (
-        f"data set 'svhn' is not in {tfds_dir} (there: {present}) and {prepare} --data_dir={tfds_dir}"
+    assert failure(lambda: open_split("svhn", "train", download=False)) == (
+        f"data set 'svhn' is not in {tfds_dir} (there: {present}) and data.{prepare} svhn --data_dir={tfds_dir}"
     )
-    assert failure(lambda: open_split("svhn", "train", data_dir=str(tmp_path / "none"))) == (
-        f"data set 'svhn' is not in {tmp_path}/none and {prepare} --data_dir={tmp_path}/none"
+    assert failure(lambda: open_split("svhn", "train", download=False, data_dir=str(tmp_path / "none"))) == (
+        f"data set 'svhn' is not in {tmp_path}/none and data.{prepare} svhn --data_dir={tmp_path}/none"
     )
     assert failure(lambda: open_split("celeb_a_hq", "train")) == (
         f"data set 'celeb_a_hq' in {tfds_dir} has the configurations 1024, 64; set data.name='celeb_a_hq/1024'"
@@ -207,7 +219,7 @@ def test_large_jpegs_shrink_to_the_smaller_edition_of_the_same_data_set(open_spl
         shrunk = source.read(np.arange(6))["image"]
         distances = np.abs(shrunk[:, None].astype(int) - small).max((2, 3, 4))
         np.testing.assert_array_equal(distances.min(axis=1), 0)
-    np.testing.assert_array_equal(source.read_crops(np.arange(6), np.arange(6, dtype=np.uint64))["image"], shrunk)
+    np.testing.assert_array_equal(source.read_drawn(np.arange(6), np.arange(6, dtype=np.uint64))["image"], shrunk)
 
 
 def test_colours_can_be_made_grey_and_labels_demanded(open_split):
@@ -258,16 +270,87 @@ def test_a_damaged_or_missing_shard_is_named(small):
     shard.write_bytes(shard.read_bytes()[:-1000])
     assert failure(lambda: open_small(root)).startswith("record 0 of small:1.0.0 test cannot be read (")
     shard.unlink()
-    assert "small:1.0.0 test" in failure(lambda: open_small(root))
+    missing = f"the shard {shard} is missing; prepare the data set again"
+    assert failure(lambda: open_small(root)) == missing
+    shard.mkdir()
+    assert failure(lambda: open_small(root)) == missing
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"\xff\xfe\xff", "utf"),
+        (b"null", "it has no list of splits"),
+        (b"[]", "it has no list of splits"),
+        (b"{}", "it has no list of splits"),
+        (b'{"splits": {"test": 4}}', "it has no list of splits"),
+        (b'{"splits": [{"shardLengths": ["4"]}]}', "one of its splits has no name"),
+        (b'{"splits": [{"name": "test", "shardLengths": ["x"]}]}', "the shardLengths of its split 'test' are no num"),
+        (b'{"splits": [{"name": "test", "shardLengths": 4}]}', "the shardLengths of its split 'test' are no num"),
+    ],
+)
+def test_a_damaged_dataset_info_is_named_with_its_reason(small, content, reason):
+    file = small() / "small" / "1.0.0" / "dataset_info.json"
+    file.write_bytes(content)
+    message = failure(lambda: open_small(file.parents[2]))
+    assert message.startswith(f"{file} is damaged (") and message.endswith("; prepare the data set again")
+    assert reason in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "content, state",
+    [
+        (None, "missing or damaged ([Errno 2]"),
+        (b"", "missing or damaged ("),
+        (b"\xff\xfe\xff", "missing or damaged ("),
+        (b"{}", "missing or damaged (it is empty)"),
+        (b"[1]", "or dataset_info.json beside it is damaged ("),
+        (b'{"pythonClassName": "nonsense"}', "or dataset_info.json beside it is damaged ("),
+    ],
+)
+def test_damaged_features_are_named(small, content, state):
+    file = small() / "small" / "1.0.0" / "features.json"
+    file.unlink() if content is None else file.write_bytes(content)
+    message = failure(lambda: open_small(file.parents[2]))
+    assert message.startswith(f"{file} ") and state in message and "\n" not in message
+
+
+def test_a_data_dir_that_is_no_folder_of_data_sets_is_told_what_to_give(small, tmp_path):
+    root = small()
+    opened_in = lambda place: (
+        lambda: data.open_source(data.DataConfig("tfds", name="small", data_dir=str(place)), "test")
+    )
+    for inside in (root / "small", root / "small" / "1.0.0"):
+        assert failure(opened_in(inside)) == (
+            f"data.data_dir {inside} is the data set 'small' itself; give the folder above, {root}"
+        )
+    file = root / "small" / "1.0.0" / "features.json"
+    assert failure(opened_in(file)) == (
+        f"data.data_dir {file} is a file; set it to the folder that holds the data sets"
+    )
+
+
+def test_a_configuration_that_does_not_exist_is_told_which_do(open_split, small, tfds_dir):
+    for download in (False, True):
+        open_it = functools.partial(open_split, "tiny_imagenet/64", "train", download=download)
+        assert failure(open_it) == (
+            f"data set 'tiny_imagenet' in {tfds_dir} has no configurations, so no '64'; set data.name='tiny_imagenet'"
+        )
+    root = small()
+    assert failure(lambda: open_split("small/1.0.0", "test", data_dir=str(root))) == (
+        f"data set 'small' in {root} has no configurations, so no '1.0.0'; set data.name='small:1.0.0'"
+    )
+    assert failure(lambda: open_split("celeb_a_hq/33", "train", download=False)) == (
+        f"data set 'celeb_a_hq' in {tfds_dir} has the configurations 1024, 64 and no '33'; "
+        "set data.name='celeb_a_hq/1024'"
+    )
+    message = failure(lambda: open_split("celeb_a_hq/33", "train"))
+    assert message.startswith(
+        f"data set 'celeb_a_hq/33' is not in {tfds_dir} (there: celeb_a_hq/1024, celeb_a_hq/64) and TFDS has no builder"
+    )
+    assert "pip install" not in message
 
 
 def test_a_data_set_without_images_is_named(small):
     root = small(features=["id", "label"])
     assert failure(lambda: open_small(root)) == "small:1.0.0 has no feature 'image'; its features: id, label"
-
-
-def test_preparing_without_tensorflow_says_what_to_install():
-    program = "import sys; sys.modules['tensorflow'] = None\nfrom bitsperdim import prepare; sys.exit(prepare.main())"
-    result = subprocess.run([sys.executable, "-c", program, "cifar10"], stderr=subprocess.PIPE, text=True)
-    assert result.returncode == 2
-    assert result.stderr == 'error: preparing data needs TensorFlow: pip install "bitsperdim[prepare]"\n'

@@ -65,6 +65,32 @@ def test_an_index_is_made_once_and_again_where_its_shard_has_grown(shard, tmp_pa
     assert tfrecord.open_records([Part(shard, 0, 5, 10)], tmp_path / "index", threads=1)(1) == TEXTS[1]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", bytes(48), np.array([0, 17, 36, 55, 54, 105], "<i8").tobytes(), np.array([0, 105], "<i8").tobytes()],
+    ids=["empty", "zeros", "backwards", "fewer"],
+)
+def test_a_damaged_index_is_made_again(shard, tmp_path, content, capsys):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / f"{shard.name}.boundaries").write_bytes(content)
+    for told in (["damaged"] if len(content) != 16 else [], []):
+        read = tfrecord.open_records([Part(shard, 0, 5)], tmp_path / "index", threads=1)
+        assert [read(number) for number in range(5)] == TEXTS
+        assert [word for word in told if word not in capsys.readouterr().err] == []
+
+
+def test_a_flipped_byte_of_a_record_is_named_with_its_place(shard, tmp_path):
+    content = bytearray(WRITTEN_BY_TENSORFLOW)
+    content[17 + 19 + 12 + 1] ^= 1  # in the third record
+    shard.write_bytes(content)
+    read = tfrecord.open_records([Part(shard, 1, 4)], tmp_path / "index", threads=1)
+    assert [read(number) for number in (0, 2, 3)] == [TEXTS[1], TEXTS[3], TEXTS[4]]
+    for _ in range(2):
+        assert failure(lambda: read(1)) == (
+            f"record 2 of {shard} is damaged (the checksum of its data); prepare the data set again"
+        )
+
+
 @pytest.mark.parametrize("size, needed", [(104, 105), (79, 94), (60, 71), (54, 55)])
 def test_a_truncated_shard_is_named_with_its_bytes(shard, size, needed):
     shard.write_bytes(WRITTEN_BY_TENSORFLOW[:size])
@@ -88,11 +114,16 @@ def test_a_missing_shard_and_a_wrong_number_of_records_are_named(shard, tmp_path
     assert failure(lambda: open_it(tmp_path / "none", 5)) == (
         f"the shard {tmp_path}/none is missing; prepare the data set again"
     )
+    (tmp_path / "folder").mkdir()
+    assert failure(lambda: open_it(tmp_path / "folder", 5)) == (
+        f"the shard {tmp_path}/folder cannot be read (Is a directory); prepare the data set again"
+    )
 
 
 def framed(content):
     length = struct.pack("<Q", len(content))
-    return length + struct.pack("<I", tfrecord.masked_crc32c(length)) + content + bytes(4)
+    checksum = lambda data: struct.pack("<I", tfrecord.masked_crc32c(data))
+    return length + checksum(length) + content + checksum(content)
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +181,11 @@ def test_percentages_are_those_of_tfds(twins, tmp_path):
 
 def test_images_that_are_not_kept_decoded_are_the_same(twins, tfds_dir, tmp_path):
     source, images = read_all("tiny_imagenet", "train[:40]", twins, tmp_path, image_size=48, train_crop="random")
-    assert source.read_crops is None  # by its own name a split is not for training
+    assert source.read_drawn is None  # by its own name a split is not for training
     values = {"train_split": "train[:40]", "image_size": 48, "train_crop": "random"}
     read = [read_all("tiny_imagenet", "train", root, tmp_path, **values) for root in (twins, tfds_dir)]
     draws = np.arange(40, dtype=np.uint64) << np.uint64(59)
-    crops = [source.read_crops(np.arange(40), draws) for source, _ in read]
+    crops = [source.read_drawn(np.arange(40), draws) for source, _ in read]
     for (_, whole), cropped in zip(read, crops, strict=True):
         np.testing.assert_array_equal(whole["image"], images["image"])
         np.testing.assert_array_equal(cropped["label"], images["label"])
@@ -170,4 +201,15 @@ def test_a_truncated_shard_of_a_data_set_is_named(twins, tmp_path):
     assert message == (
         f"{shard} is truncated (read {len(content) - 100:,} of at least {len(content):,} bytes); "
         "prepare the data set again"
+    )
+
+
+def test_a_flipped_byte_of_a_data_set_is_named(twins, tmp_path):
+    root = pathlib.Path(shutil.copytree(twins, tmp_path / "copy"))
+    (shard,) = (root / "cifar10" / "3.0.2").glob("*00001-of-00002")
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 16
+    shard.write_bytes(content)
+    assert failure(lambda: read_all("cifar10", "test", root, tmp_path / "cache")) == (
+        f"record 49 of {shard} is damaged (the checksum of its data); prepare the data set again"
     )

@@ -73,6 +73,19 @@ def test_a_logged_figure_is_the_mean_over_every_step_since_the_last(finished, to
     first, second = lines(folder, "train")[:2]
     assert first["nats"] == pytest.approx(np.mean(each[:7]), rel=1e-6)
     assert second["nats"] == pytest.approx(np.mean(each[7:]), rel=1e-6)
+    assert [line["steps"] for line in lines(folder, "train")] == [7] * 8 + [4]
+
+
+def test_a_start_between_two_logs_is_followed_by_a_mean_over_fewer_steps_which_is_said(toy_config, tmp_path):
+    for steps in (5, 14):
+        trainer.train(toy_config({"train.steps": steps, "train.log_every": 7}), str(tmp_path / "stopped"))
+    trainer.train(toy_config({"train.steps": 14}), str(tmp_path / "run"))
+    each = [line["nats"] for line in lines(tmp_path / "run", "train")]
+    logged = lines(tmp_path / "stopped", "train")
+    assert [(line["step"], line["steps"]) for line in logged] == [(5, 5), (7, 2), (14, 7)]
+    for line in logged:
+        first = line["step"] - int(line["steps"])
+        assert line["nats"] == pytest.approx(np.mean(each[first : line["step"]]), rel=1e-6)
 
 
 def test_a_complete_run_says_so_and_nothing_in_it_changes(finished, capsys):

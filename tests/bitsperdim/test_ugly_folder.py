@@ -112,12 +112,12 @@ def in_motion(rng):
 
 def deep_and_tiny(rng):
     deep = rng.integers(0, 2**16, (20, 20, 3), np.uint16)
-    depth = {"refusal": "has 16 bits a channel; set data.reduce_16_bit=true", "needs": "reduce_16_bit"}
+    depth = {"refusal": "has 16 bits a channel", "needs": "reduce_16_bit"}
     yield Case(".png", png_of_16_bits(deep), deep >> 8, **depth)
     grey = deep[..., :1]
     yield Case(".tif", written(Image.fromarray(grey[..., 0]), "TIFF"), np.repeat(grey >> 8, 3, 2), **depth)
     flat = np.broadcast_to(rng.integers(0, 256, 3, np.uint8), (7, 40, 3))
-    size = {"refusal": "is 7x40, smaller than 16x16; set data.upscale=true or a smaller size", "needs": "upscale"}
+    size = {"refusal": "is 7x40, smaller than 16x16", "needs": "upscale"}
     yield Case(".png", written(Image.fromarray(flat), "PNG"), np.broadcast_to(flat[:1, :1], (16, 16, 3)), **size)
 
 
@@ -191,7 +191,8 @@ def test_every_picture_is_taken_with_its_pixels_or_named_with_its_reason(cases, 
     assert named == lines(bad)
 
     head, named = refused(root, other, tmp_path, skip_unreadable=True)
-    assert head == f"{len(unfit)} files of {root} do not fit:"
+    enlarge = "set data.upscale=true or a smaller size"
+    assert head == f"{len(unfit)} files of {root} do not fit; set data.reduce_16_bit=true; {enlarge}:"
     assert named == lines(unfit)
     told = capsys.readouterr().err
     assert f"{root}: {len(found) - len(bad)} images; 2 hidden and 2 other files ignored\n" in told

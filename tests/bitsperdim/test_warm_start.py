@@ -108,7 +108,8 @@ def test_weights_of_another_shape_are_refused_by_name(other, toy_config, tmp_pat
     for key, value in changes.items():
         section, name = key.split(".")
         values[section][name] = value
-    with pytest.raises(InputError, match=array):
+    remedy = "; begin without --init_from, or with the 'model' of a run whose model and images are like these$"
+    with pytest.raises(InputError, match=array + remedy):
         trainer.train(values, str(tmp_path / "run"), init_from=str(other))
     assert list(tmp_path.iterdir()) == []
 

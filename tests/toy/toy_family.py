@@ -103,10 +103,10 @@ def load(run, mesh):
     _, state = trainer.restore(run, "model", mesh)
     decoder = jax.device_get(state["ema"])["decoder"]
 
-    def sample(key, n, temperature=1.0, label=None):
+    def draw(key, n, temperature=1.0):
         keys = rng.per_example(key, jnp.arange(n))
         hidden = temperature * jax.vmap(lambda k: jax.random.normal(k, (run.config.model.hidden,)))(keys)
-        return _to_levels(run.config, np.asarray(hidden) @ decoder["kernel"] + decoder["bias"])
+        return _to_levels(run.config, np.asarray(hidden) @ decoder["kernel"] + decoder["bias"]), {"network_calls": 1}
 
     def unsupported(*_):
         raise InputError("the toy family only samples")
@@ -115,11 +115,10 @@ def load(run, mesh):
         config=run.config,
         levels=17,
         log_prob=unsupported,
-        sample=sample,
+        draw=draw,
         encode=unsupported,
         decode=unsupported,
         reconstruct=unsupported,
-        describe_sampling=lambda count: {"network_calls": 1},
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from bitsperdim import cli, evaluation, sharding
+from bitsperdim import cli, evaluation, sharding, trainer
 from bitsperdim import config as config_lib
 from bitsperdim import run as run_lib
 from bitsperdim.sources import Source
@@ -95,6 +95,21 @@ def test_a_training_batch_moves_them_a_tenth_of_the_way_to_its_own(train):
     for mean, var in zip(*running(after), strict=True):
         assert (mean != 0).all()
         assert (var >= 0.9).all() and (var != 1).all()  # 0.9 of the ones, and a tenth of what is never negative
+
+
+@pytest.mark.parametrize("accumulation, norm, warned", [(4, "batch", True), (1, "batch", False), (4, "group", False)])
+def test_micro_batches_with_a_norm_over_the_batch_are_warned_of_once(run, capsys, accumulation, norm, warned):
+    values = config_lib.to_plain(run.config)
+    values["bottom"]["model"]["conditioning"]["norm"] = norm
+    values["bottom"]["train"] |= {"accumulation": accumulation, "batch_size": 128}
+    other = run_lib.check(run.workdir, values)
+    stage = other.stage("bottom")
+    _, extra = jax.eval_shape(stage.model(other).init, KEY)
+    trainer._warn_of_micro_batches(stage, {"extra": extra})
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == warned
+    for line in lines:
+        assert line.startswith("warning: bottom: accumulation=4: BatchNorm normalises each micro-batch of 32 by itself")
 
 
 def test_eight_devices_move_them_as_one_does(train):

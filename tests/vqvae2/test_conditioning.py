@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqvae2.conditioning import ConditioningStack, update_running
+from bitsperdim.batch_norm import update_running
+from vqvae2.conditioning import ConditioningStack
 
 # The golden names of the runs of blocks.
 RUNS = {"before_0": "d1", "before_1": "d2", "lowest": "mid", "after_1": "u2", "after_0": "u1"}

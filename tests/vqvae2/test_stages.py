@@ -1,8 +1,11 @@
 """A whole tiny run of VQ-VAE-2, held against direct calls of its networks and numpy over whole splits."""
 
+import errno
 import json
 import math
+import os
 import pathlib
+import resource
 import shutil
 
 import jax
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from bitsperdim import cli, data, optim, sharding, state, trainer
+from bitsperdim import cli, data, evaluation, extracted, metrics, optim, sharding, state, trainer
 from bitsperdim import config as config_lib
 from bitsperdim import run as run_lib
 from bitsperdim import step as step_lib
@@ -135,6 +138,16 @@ def test_the_figures_of_the_run_are_those_of_numpy_over_every_held_out_image(run
     assert f"{found['rate_bits_per_image']:.6g}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["autoencoder", "top", "bottom"])
+def test_the_names_of_the_figures_are_known_before_anything_is_measured(run, mesh, name):
+    stage = run.stage(name)
+    model, source = stage.model(run), stage.source(run, "evaluation")
+    like = trainer.abstract_state(run, stage, model, mesh)
+    names = evaluation.figure_names(model, like["ema"], like["extra"], source, stage.settings.batch_size)
+    [*_, last] = metrics.read(run.folder(name) / metrics.FILE)
+    assert {*names, "step", "kind"} == set(last)
+
+
 @pytest.mark.parametrize("level", GRIDS)
 def test_an_untrained_prior_with_a_silent_head_pays_the_logarithm_of_the_number_of_codes(run, level):
     model = prior_stage.make(run, level)
@@ -177,6 +190,41 @@ def test_an_interrupted_extraction_is_never_mistaken_for_codes(run, autoencoder_
     assert contents(autoencoder_only.folder("codes")) == contents(run.folder("codes"))
 
 
+def test_codes_for_which_there_is_no_room_leave_no_file_and_name_the_remedy(run, autoencoder_only, mesh, monkeypatch):
+    folder = autoencoder_only.folder("codes")
+    largest = (run.folder("codes") / "train" / "bottom.npy").stat().length
+    add = extracted.Writer.add
+
+    def with_little_room(self, rows):
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, hard))
+        try:
+            return add(self, rows)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extracted.Writer, "add", with_little_room)
+        with pytest.raises(InputError) as caught:
+            codes.extract(autoencoder_only, mesh, lambda: None)
+    assert str(caught.value) == (
+        f"cannot write {folder / 'train'} (File too large); make room, then the same command goes on"
+    )
+    assert list(folder.iterdir()) == []
+    # At the very end, when what is buffered goes to the disk.
+    with monkeypatch.context() as patch:
+        patch.setattr(extracted.atomic, "flush", full_disk)
+        with pytest.raises(InputError, match=r"cannot write .*train \(No space left on device\); make room"):
+            codes.extract(autoencoder_only, mesh, lambda: None)
+    assert list(folder.iterdir()) == []
+    codes.extract(autoencoder_only, mesh, lambda: None)
+    assert contents(folder) == contents(run.folder("codes"))
+
+
+def full_disk(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_prior_refuses_the_codes_of_another_autoencoder(run, autoencoder_only, mesh):
     shutil.copytree(run.folder("codes"), autoencoder_only.folder("codes"))
     assert codes.autoencoder(autoencoder_only, mesh)["step"] == 6
@@ -192,6 +240,34 @@ def test_a_prior_refuses_the_codes_of_another_autoencoder(run, autoencoder_only,
     with pytest.raises(InputError, match=r"codes was made by another autoencoder .*remove the folders"):
         trainer.train(tiny_config(), str(autoencoder_only.workdir), "top")
     assert not autoencoder_only.folder("top").exists()
+    # Nor is a prior measured on them, though the autoencoder is of the same step.
+    shutil.copytree(run.folder("top"), autoencoder_only.folder("top"))
+    with pytest.raises(InputError, match=r"codes was made by another autoencoder \(other weights of step 6\); remove"):
+        trainer.evaluate(autoencoder_only, "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        ("autoencoder/data.json", {"shape": "16x16x3"}, 'shape is "16x16x3"'),
+        ("autoencoder/data.json", {"shape": [16, 16]}, "shape is [16, 16]"),
+        ("autoencoder/data.json", {"variance": None}, "variance is null"),
+        ("autoencoder/sources.json", {"train": ["photos"]}, 'train is ["photos"]'),
+        ("codes/info.json", {"step": "6"}, 'step is "6"'),
+        ("codes/info.json", {"files": [1]}, "files is [1]"),
+        ("codes/info.json", {"files": {"evaluation": {}}}, "it lacks files.train"),
+        ("codes/info.json", {"files": {"train": 3, "evaluation": {}}}, "files.train is 3"),
+    ],
+)
+def test_a_record_with_a_value_of_another_type_is_named(run, autoencoder_only, mesh, file, values, message):
+    shutil.copytree(run.folder("codes"), autoencoder_only.folder("codes"))
+    path = autoencoder_only.workdir / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(InputError) as caught:
+        if file.endswith("sources.json"):
+            codes.extract(autoencoder_only, mesh, lambda: None)
+        trainer.train(tiny_config(), str(autoencoder_only.workdir), "top")
+    assert str(caught.value) == f"{path} is damaged ({message}); restore it, or use a new --workdir"
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_the_number_drawn(run, mesh):
@@ -200,7 +276,7 @@ def test_a_sample_depends_on_its_seed_and_not_on_the_number_drawn(run, mesh):
     few = loaded.sample(jax.random.key(1), 2)
     np.testing.assert_array_equal(few, many[:2])
     assert len(np.unique(many.reshape(6, -1), axis=0)) == 6
-    assert loaded.describe_sampling(2)["network_calls_per_batch"] == {"top": 4, "bottom": 16}
+    assert loaded.draw(jax.random.key(1), 2)[1]["network_calls_per_batch"] == {"top": 4, "bottom": 16}
     greedy = loaded.sample(jax.random.key(2), 2, temperature=0.0)
     np.testing.assert_array_equal(greedy[0], greedy[1])  # without noise there is but one sample
 

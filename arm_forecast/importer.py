@@ -1,0 +1,21 @@
+"""A published PixelCNN++ checkpoint as a run. The tensors themselves are read by `convert.py`."""
+
+from arm_forecast import convert
+from bitsperdim import cli
+from bitsperdim.adopt import Imported, Weights
+
+
+def imported(path: str, image_size: int) -> Imported:
+    """The config and weights of a state_dict of pclucas14/pixel-cnn-pp, exported as .npz.
+
+    The optimizer and schedule are those of PixelCNN++, for training further. Raises InputError for other files.
+    """
+    state = convert.read_state(path)
+    network, channels = convert.network_from_torch(state)
+    config = cli.load_config("arm_cifar10:dmol")
+    # It is complete as it is; more steps go on from here.
+    changes = {"data.image_size": image_size, "arm.train.steps": 1}
+    config.update_from_flattened_dict(changes | {f"arm.model.{k}": v for k, v in vars(network).items()})
+    facts = {"shape": [image_size, image_size, channels], "levels": 256}
+    params = {"arm": convert.params_from_torch(state)}
+    return Imported(config, {"arm": Weights(params, {}, facts)})

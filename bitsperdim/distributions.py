@@ -1,0 +1,146 @@
+"""Distributions over integer levels 0..K-1: categorical, and the mixture of discretised logistics of PixelCNN++.
+
+Source: Salimans et al. 2017, section 2.1-2.2 and its released code, whose layout of the parameters is kept. Level k
+stands for x = 2 k / (K - 1) - 1; its bin reaches half a level, w = 1 / (K - 1), to either side, and the first and last
+bins reach to infinity. So the levels' probabilities sum to one, whatever K.
+
+The public codes differ in three ways. They tell the edges by comparing floats (x < -0.999), which fails in bfloat16 and
+for fewer levels. Where a bin's mass is below 1e-5 they take the density at its centre times 2 w instead, so narrow
+components (scale s) lose the factor (w/s) / sinh(w/s) in their tails. Their sampler returns values between the levels.
+Here edges are decided on the integers, and a bin's mass is exact in every tail:
+
+    sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)),   a - b = 2 w / s.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Integer
+
+MIN_LOG_SCALE = -7.0
+
+
+def categorical_log_prob(logits: Float[Array, "... k"], x: Integer[Array, "..."]) -> Float[Array, "..."]:
+    """log softmax(logits)[x], in nats, float32."""
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return jnp.take_along_axis(log_probs, x[..., None].astype(jnp.int32), axis=-1)[..., 0]
+
+
+class LogisticMixture(NamedTuple):
+    """M components over the C channels of a pixel. The mean of channel c moves with the channels before it:
+
+    mean_c + sum over c' < c of coefs[c, c'] x_c', with x in [-1, 1].
+    """
+
+    log_weights: Float[Array, "... m"]
+    means: Float[Array, "... c m"]
+    log_scales: Float[Array, "... c m"]
+    coefs: dict[tuple[int, int], Float[Array, "... m"]]
+
+
+def logistic_mixture(raw: Float[Array, "... o"], channels: int) -> LogisticMixture:
+    """The mixture from a network's outputs, of 3 M (one channel) or 10 M (three channels), in float32.
+
+    [M logits] and for each channel [M means, M log-scales (at least -7)] and, of three, M coefficients (tanh): green
+    from red stand with red, blue from red with green, blue from green with blue.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"a mixture of logistics takes 1 or 3 channels, not {channels}")
+    kinds = 2 if channels == 1 else 3
+    mixtures, rest = divmod(raw.shape[-1], 1 + kinds * channels)
+    if rest:
+        raise ValueError(f"{raw.shape[-1]} outputs do not divide into {1 + kinds * channels} for each component")
+    raw = raw.astype(jnp.float32)
+    by_channel = raw[..., mixtures:].reshape(*raw.shape[:-1], channels, kinds, mixtures)
+    coefs = {}
+    if channels == 3:
+        tanh = jnp.tanh(by_channel[..., 2, :])
+        coefs = {pair: tanh[..., i, :] for i, pair in enumerate([(1, 0), (2, 0), (2, 1)])}
+    log_scales = jnp.maximum(by_channel[..., 1, :], MIN_LOG_SCALE)
+    return LogisticMixture(jax.nn.log_softmax(raw[..., :mixtures]), by_channel[..., 0, :], log_scales, coefs)
+
+
+def discretized_logistic_mixture_log_prob(
+    raw: Float[Array, "... o"], x: Integer[Array, "... c"], levels: int
+) -> Float[Array, "..."]:
+    """log sum_m w_m prod_c P_m(x_c | x_<c), in nats for each pixel."""
+    mixture = logistic_mixture(raw, x.shape[-1])
+    values = level_to_value(x, levels)
+    log_probs = [_component_log_probs(mixture, values, x, c, levels) for c in range(x.shape[-1])]
+    return jax.nn.logsumexp(mixture.log_weights + sum(log_probs), axis=-1)
+
+
+def discretized_logistic_mixture_log_pmf(
+    raw: Float[Array, "... o"], x: Integer[Array, "... c"], levels: int, channel: int
+) -> Float[Array, "... k"]:
+    """log P(x_c = k | x_<c) of every level k for one channel c, in nats. Of x only the channels before c are used.
+
+    P(x_c | x_<c) = sum_m w'_m P_m(x_c | x_<c), where w'_m is proportional to w_m prod over c' < c of P_m(x_c' | x_<c').
+    """
+    mixture = logistic_mixture(raw, x.shape[-1])
+    values = level_to_value(x, levels)
+    seen = sum(_component_log_probs(mixture, values, x, c, levels) for c in range(channel))
+    log_weights = jax.nn.log_softmax(mixture.log_weights + seen)
+    every = jnp.arange(levels)[:, None]
+    mean = _mean(mixture, values, channel)[..., None, :]
+    log_masses = _log_mass(every, mean, mixture.log_scales[..., channel, None, :], levels)
+    return jax.nn.logsumexp(log_weights[..., None, :] + log_masses, axis=-1)
+
+
+def sample_discretized_logistic_mixture(
+    raw: Float[Array, "... o"], u_mix: Float[Array, "... m"], u_log: Float[Array, "... c"], levels: int | None
+) -> Float[Array, "... c"]:
+    """The published sampler as a function of its uniforms, in [-1, 1]: m = argmax(log w - log(-log u_mix)), then
+
+    x_c = clip(mean_c + s_c (log u_c - log(1 - u_c))), rounded to the nearest level before the next channel sees it;
+    `levels=None` does not round, as the public codes.
+    """
+    mixture = logistic_mixture(raw, u_log.shape[-1])
+    chosen = jnp.argmax(mixture.log_weights - jnp.log(-jnp.log(u_mix)), axis=-1)[..., None]
+    noise = jnp.log(u_log) - jnp.log1p(-u_log)
+    of_chosen = lambda t: jnp.take_along_axis(jnp.broadcast_to(t, u_mix.shape), chosen, axis=-1)[..., 0]
+    values = jnp.zeros_like(noise)
+    for c in range(u_log.shape[-1]):
+        scale = jnp.exp(of_chosen(mixture.log_scales[..., c, :]))
+        value = jnp.clip(of_chosen(_mean(mixture, values, c)) + scale * noise[..., c], -1.0, 1.0)
+        if levels is not None:
+            value = level_to_value(value_to_level(value, levels), levels)
+        values = values.at[..., c].set(value)
+    return values
+
+
+def level_to_value(x: Integer[Array, "..."], levels: int) -> Float[Array, "..."]:
+    """2 x / (K - 1) - 1, in [-1, 1]."""
+    return x.astype(jnp.float32) * (2.0 / (levels - 1)) - 1.0
+
+
+def value_to_level(values: Float[Array, "..."], levels: int) -> Int[Array, "..."]:
+    """The nearest level to each value of [-1, 1]."""
+    return jnp.clip(jnp.round((values + 1.0) * ((levels - 1) / 2.0)), 0, levels - 1).astype(jnp.int32)
+
+
+def _mean(mixture: LogisticMixture, values: Float[Array, "... c"], channel: int) -> Float[Array, "... m"]:
+    """The components' means of one channel given the channels before it."""
+    earlier = [mixture.coefs[channel, c] * values[..., c, None] for c in range(channel)]
+    return mixture.means[..., channel, :] + sum(earlier)
+
+
+def _component_log_probs(
+    mixture: LogisticMixture, values: Float[Array, "... c"], x: Integer[Array, "... c"], channel: int, levels: int
+) -> Float[Array, "... m"]:
+    """log P_m(x_c | x_<c) of every component m."""
+    mean = _mean(mixture, values, channel)
+    return _log_mass(x[..., channel, None], mean, mixture.log_scales[..., channel, :], levels)
+
+
+def _log_mass(
+    x: Integer[Array, "..."], mean: Float[Array, "..."], log_scale: Float[Array, "..."], levels: int
+) -> Float[Array, "..."]:
+    """log of a logistic's mass in the bin of level x."""
+    half = 1.0 / (levels - 1)
+    centred, inverse = level_to_value(x, levels) - mean, jnp.exp(-log_scale)
+    below_top = jax.nn.log_sigmoid((centred + half) * inverse)
+    above_bottom = jax.nn.log_sigmoid((half - centred) * inverse)
+    between = below_top + above_bottom + jnp.log(-jnp.expm1(-2.0 * half * inverse))
+    return jnp.where(x == 0, below_top, jnp.where(x == levels - 1, above_bottom, between))

@@ -1,0 +1,20 @@
+"""A discrete autoencoder and a PixelCNN over its codes on SVHN (Wiggers & Hoogeboom 2020, supplement A.3).
+
+    python train.py --config=configs/arm_latent_svhn.py --config.data.data_dir=$HOME/tensorflow_datasets
+
+Meant for: one GPU or TPU core.
+Reach: the paper's figures are in its tables, which were not at hand.
+Variants: tiny (seconds; for tests).
+"""
+
+from ml_collections import ConfigDict
+
+from bitsperdim import cli
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "tiny"):
+        raise ValueError(f"no variant '{variant}'; there is tiny")
+    config = cli.load_config(f"arm_latent_cifar10:{variant}")
+    config.data.name = "svhn_cropped"
+    return config

@@ -1,0 +1,238 @@
+"""Whole runs of autoregressive models: trained, measured, sampled by every sampler, opened in a notebook."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import bitsperdim
+from arm_forecast import comparison, samplers, sampling
+from bitsperdim import cli, data, sharding, trainer
+from bitsperdim.errors import InputError
+from bitsperdim.metrics import read
+
+SAMPLERS = ("ancestral", "zeros", "last", "fixed_point", "fixed_point_without_noise", "modules", "cached")
+WINDOWED = ("fixed_point:4", "modules:4", "last:4")
+
+
+def digits_config():
+    config = cli.load_config("arm_digits:tiny")
+    config.arm.train.steps = 30
+    config.arm.train.log_every = 10
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return trainer.train(digits_config(), str(tmp_path_factory.mktemp("digits") / "run"))
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return bitsperdim.load(str(run.workdir))
+
+
+@pytest.fixture(scope="module")
+def drawn(loaded):
+    return loaded.draw(jax.random.key(10), 5, sampler="fixed_point", batch_size=8)
+
+
+def test_the_likelihood_of_the_run_is_the_mean_over_every_held_out_image(run, loaded):
+    source = data.open_source(run.config.data, "evaluation")
+    measured = trainer.evaluate(run, "evaluation")
+    log_prob = loaded.log_prob(source.read(np.arange(source.size))["image"])
+    assert log_prob.shape == (source.size,) and measured["arm"]["images"] == source.size == 360
+    assert measured["nats"] == pytest.approx(-log_prob.astype(np.float64).mean(), rel=1e-5)
+    assert measured["bits_per_dim"] == pytest.approx(measured["nats"] / (64 * math.log(2.0)), rel=1e-6)
+    error = log_prob.astype(np.float64).std(ddof=1) / math.sqrt(source.size)
+    assert measured["arm"]["nats_standard_error"] == pytest.approx(error, rel=1e-4)
+    assert measured["bits_per_dim"] < math.log2(17)  # it has learned something
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS + WINDOWED)
+def test_every_sampler_draws_the_same_images(loaded, drawn, sampler):
+    images, about = loaded.draw(jax.random.key(10), 5, sampler=sampler, batch_size=8)
+    assert min(about["smallest_margin"], drawn[1]["smallest_margin"]) > 1e-4
+    np.testing.assert_array_equal(images, drawn[0])
+    assert about["sampler"] == sampler
+    assert about["calls_per_image"] <= 64
+    if sampler in ("ancestral", "cached"):
+        assert about["calls_per_image"] == 64
+    assert len(np.unique(images)) > 5
+
+
+def test_an_image_depends_on_its_number_alone(loaded, drawn):
+    for count, batch in ((2, 8), (11, 8), (5, 16)):
+        images = loaded.sample(jax.random.key(10), count, sampler="fixed_point", batch_size=batch)
+        np.testing.assert_array_equal(images[:5], drawn[0][:count])
+    other = loaded.sample(jax.random.key(11), 5, sampler="fixed_point")
+    assert (other != drawn[0]).mean() > 0.3
+
+
+def test_one_device_draws_what_eight_draw(run, drawn):
+    arm = sampling.restore(run, sharding.make_mesh(run.config.mesh))
+    alone = jax.device_put(arm.params, jax.devices()[0])
+    for name in ("fixed_point", "cached"):
+        samples = samplers.draw(arm._replace(params=alone), samplers.Sampler(name), jax.random.key(10), 5, 5)
+        np.testing.assert_array_equal(samples.x.reshape(5, 8, 8, 1), drawn[0])
+
+
+def test_the_log_probability_of_a_sample_is_that_of_the_model(loaded, drawn):
+    expected = loaded.log_prob(drawn[0]).mean()
+    assert drawn[1]["mean_log_prob_nats"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["fixed_point", "fixed_point:4", "cached", "modules"])
+def test_given_pixels_stay_and_the_rest_is_drawn(loaded, drawn, sampler):
+    given = np.full((8, 8, 1), -1)
+    given[:3] = drawn[0][0][:3]
+    completed = loaded.sample(jax.random.key(10), 4, sampler=sampler, given=given, batch_size=8)
+    np.testing.assert_array_equal(completed[:, :3], np.broadcast_to(given[:3], (4, 3, 8, 1)))
+    # Sample 0 was drawn with this noise and has this beginning, so it is found again.
+    np.testing.assert_array_equal(completed[0], drawn[0][0])
+    assert (completed[1, 3:] != drawn[0][0][3:]).any()
+
+
+def test_temperature_zero_is_greedy(loaded):
+    greedy = loaded.sample(jax.random.key(0), 2, temperature=0.0)
+    np.testing.assert_array_equal(greedy[0], greedy[1])
+    np.testing.assert_array_equal(loaded.sample(jax.random.key(1), 1, top_k=1), greedy[:1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "fastest"}, r"there is no sampler 'fastest' here; there are auto, ancestral"),
+        ({"sampler": "fixed_point:3"}, r"'fixed_point' takes 4 rows here"),
+        ({"sampler": "cached:4"}, r"'cached' takes no windows here"),
+        ({"given": np.zeros((7, 8, 1), int)}, r"given must be integers \[8, 8, 1\] or \[2, 8, 8, 1\]"),
+        ({"given": np.full((8, 8, 1), 17)}, r"given must hold levels 0\.\.16, or -1; found 17\.\.17"),
+        ({"top_p": 0.0}, r"top_p must be above 0"),
+        ({"temperature": -1.0}, r"temperature must be"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(loaded, options, message):
+    with pytest.raises(InputError, match=message):
+        loaded.draw(jax.random.key(0), 2, **options)
+
+
+def test_a_model_of_pixels_has_no_codes(loaded, drawn):
+    with pytest.raises(InputError, match="a model of pixels has no codes to encode"):
+        loaded.encode(drawn[0])
+    with pytest.raises(InputError, match=r"images must be uint8 \['n', 8, 8, 1\] with levels below 17"):
+        loaded.log_prob(drawn[0] + np.uint8(17))
+
+
+def test_pictures_are_drawn_while_it_trains(run):
+    names = {path.name for path in (run.workdir / "arm" / "images").iterdir()}
+    assert {"samples-00000030.png", "mistakes_fixed_point-00000030.png", "curves.png"} <= names
+
+
+def test_the_script_measures_every_sampler_and_the_fastest_is_then_chosen(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(comparison, "BATCHES", (1, 2))
+    monkeypatch.setattr(comparison, "SEEDS", 2)
+    monkeypatch.setattr("sys.argv", ["sample.py", f"--workdir={run.workdir}", "--compare_samplers"])
+    cli.sample()
+    found = json.loads((run.workdir / "samplers.json").read_text())
+    assert {row["sampler"] for row in found["rows"]} >= {*SAMPLERS, "fixed_point:4"}
+    measured = [row for row in found["rows"] if row["seeds"]]
+    assert len(measured) > len(SAMPLERS) and {row["seeds"] for row in measured} == {2}
+    # What is compared with is not compared with itself.
+    assert [row["sampler"] for row in measured if not row["exact"]] == ["fixed_point"] * 2
+    assert {row["calls_percent"] for row in found["rows"] if row["sampler"] in ("ancestral", "cached")} == {100.0}
+    for name in ("samplers", "mistakes_fixed_point", "mistakes_modules"):
+        assert (run.workdir / f"{name}.png").stat().length > 1000
+    fastest = min((row for row in found["rows"] if row["batch"] == 1), key=lambda row: row["seconds_per_image"])
+    arm = sampling.restore(run, sharding.make_mesh(run.config.mesh))
+    assert str(samplers.choose(run, 1, arm.grid)) == fastest["sampler"]
+    assert "fixed_point:4" in capsys.readouterr().out
+    (run.workdir / "samplers.json").unlink()
+
+
+def test_flags_that_mean_nothing_are_refused(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sample.py", f"--workdir={run.workdir}", "--label=3"])
+    with pytest.raises(SystemExit) as ended:
+        cli.sample()
+    assert ended.value.code == 2
+    assert "--label means nothing for a run of arm_forecast; it knows --temperature" in capsys.readouterr().err
+
+
+def test_modules_are_trained_afterwards_on_pairs_of_the_sampler(tmp_path):
+    config = digits_config()
+    config.arm.train.steps, config.arm.forecast.modules = 10, 0
+    config.modules = {
+        "model": {"modules": 2, "filters": 6, "inputs": ("x", "noise")},
+        "optim": {"name": "adam", "learning_rate": 3e-3},
+        "train": {"batch_size": 16, "steps": 40, "ema_decay": 0.0},
+        "pairs": 64,
+    }
+    run = trainer.train(config, str(tmp_path / "run"))
+    arm = sampling.restore(run, sharding.make_mesh(run.config.mesh))
+    pairs = {split: np.load(run.workdir / "pairs" / split / "x.npy") for split in ("train", "evaluation")}
+    assert [len(x) for x in pairs.values()] == [64, 6]
+    # The first pair of the evaluation split is sample 64 of the stage's noise.
+    key = jax.random.key(run.seed("pairs"))
+    samples = samplers.draw(arm, samplers.Sampler("fixed_point"), key, 65, 65)
+    np.testing.assert_array_equal(samples.x[64], pairs["evaluation"][0].ravel())
+    losses = [line["forecast_kl_nats"] for line in read(run.folder("modules") / "metrics.jsonl")]
+    assert losses[-1] < 0.9 * losses[0] or losses[-1] < losses[0]
+    drawn = [samplers.draw(arm, samplers.Sampler(name), key, 4, 4) for name in ("modules", "fixed_point")]
+    np.testing.assert_array_equal(drawn[0].x, drawn[1].x)
+    # The ARM has not moved.
+    trained = trainer.restore(run, "modules", sharding.make_mesh(run.config.mesh))[1]["extra"]["arm"]
+    frozen = trainer.restore(run, "arm", sharding.make_mesh(run.config.mesh))[1]["ema"]["arm"]
+    jax.tree.map(np.testing.assert_array_equal, trained, frozen)
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory):
+    config = cli.load_config("arm_latent_cifar10:tiny")
+    config.data = {"source": "photos", "image_size": 16}
+    return trainer.train(config, str(tmp_path_factory.mktemp("latent") / "run"))
+
+
+def test_a_latent_run_decodes_what_its_model_of_codes_draws(latent):
+    loaded = bitsperdim.load(str(latent.workdir))
+    images = data.open_source(latent.config.data, "evaluation").read(np.arange(5))["image"]
+    codes = loaded.encode(images)
+    assert codes.shape == (5, 4, 4, 4) and codes.max() < 16
+    np.testing.assert_array_equal(codes, np.load(latent.workdir / "codes" / "evaluation" / "codes.npy")[:5])
+    np.testing.assert_array_equal(loaded.decode(codes), loaded.reconstruct(images))
+    drawn, about = loaded.draw(jax.random.key(0), 3)
+    assert drawn.shape == (3, 16, 16, 3) and about["sampler"] == "fixed_point"
+    np.testing.assert_array_equal(drawn, loaded.sample(jax.random.key(0), 3, sampler="cached"))
+    with pytest.raises(InputError, match="a latent run gives no likelihood of an image"):
+        loaded.log_prob(images)
+    with pytest.raises(InputError, match="given pixels mean nothing to a model of codes"):
+        loaded.draw(jax.random.key(0), 1, given=images[0])
+
+
+def test_a_latent_run_reports_a_rate_and_a_distortion(latent):
+    measured = trainer.evaluate(latent, "evaluation")
+    assert measured["rate_bits_per_image"] == pytest.approx(measured["nats_per_code"] * 64 / math.log(2.0), rel=1e-6)
+    assert 0 < measured["mse_over_variance"] and not [key for key in measured if "bits_per_dim" in key]
+
+
+def test_the_maps_of_a_latent_run_lie_over_the_decoded_images(latent):
+    names = {path.name for path in (latent.workdir / "arm" / "images").iterdir()}
+    assert {"samples-00000006.png", "mistakes_fixed_point-00000006.png"} <= names
+
+
+def test_published_weights_become_a_run(golden, tmp_path, monkeypatch):
+    arrays = golden("arm/pcnnpp_tiny_rgb")
+    file = tmp_path / "weights.npz"
+    np.savez(file, **{name[3:]: value for name, value in arrays.items() if name.startswith("sd/")})
+    workdir = tmp_path / "run"
+    flags = ["--family=arm_forecast", f"--checkpoint={file}", f"--workdir={workdir}", "--image_size=8"]
+    monkeypatch.setattr("sys.argv", ["convert.py", *flags])
+    cli.convert()
+    loaded = bitsperdim.load(str(workdir))
+    log_prob = loaded.log_prob(np.moveaxis(arrays["x_int"], 1, -1))
+    np.testing.assert_allclose(-log_prob, [arrays["loss_nats_sample0"], arrays["loss_nats_sample1"]], rtol=1e-5)
+    drawn = [loaded.sample(jax.random.key(0), 2, sampler=name) for name in ("fixed_point", "fixed_point:4", "cached")]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    with pytest.raises(SystemExit):
+        cli.convert()  # the folder is taken
