@@ -77,9 +77,10 @@ def _row(
     compilation = _timed(draw, arm, key, _all_but(num_dims, 1)).seconds
     probe = _timed(draw, arm, key, _all_but(num_dims, PROBE))
     per_call = probe.seconds / max(int(probe.samples.network_calls), 1)
-    percent, expected = (before["calls_percent"], before["network_calls"]) if before else (100.0, num_dims)
-    if per_call * expected > BUDGET:
-        return _estimated(sampler, batch, per_call, percent, expected), None, per_call
+    # How many calls it takes is not known before the first batch, so that is drawn whatever it takes.
+    if before is not None and per_call * before["network_calls"] > BUDGET:
+        row = _estimated(sampler, batch, per_call, before["calls_percent"], before["network_calls"])
+        return row, None, per_call
     runs = [_timed(draw, arm, jax.random.fold_in(key, 0), None)]
     while len(runs) < SEEDS and sum(run.seconds for run in runs) < BUDGET:
         runs.append(_timed(draw, arm, jax.random.fold_in(key, len(runs)), None))

@@ -25,7 +25,7 @@ def of_run(run: Run) -> Facts:
     """From the folder of the run's first stage, or from the data set where that has not begun."""
     path = run.folder(run.stages()[0].name) / "data.json"
     if path.exists():
-        values = run_lib.read_json(path, ("shape", "levels"))
+        values = run_lib.read_json(path, {"shape": [int, int, int], "levels": int})
         return Facts(tuple(values["shape"]), values["levels"])
     source = data.open_source(run.config.data, "train")
     return Facts(source.shape, source.levels)

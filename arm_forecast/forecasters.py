@@ -107,7 +107,7 @@ def modules(
 
     With `fallback` every sample counts, over the dimensions it has accepted within the horizon, how often the modules
     were right and how often y would have been (both are known after each call), and follows the better record;
-    modules when equal, and at first. So modules that are worse than fixed-point iteration cost little.
+    the fixed point when equal, and at first. So modules that are worse than fixed-point iteration cost little.
     """
     height, width, channels = grid
     num_dims = height * width * channels
@@ -134,7 +134,7 @@ def modules(
         learned = learned_forecast(params, call)
         used = learned >= 0
         if fallback:
-            used &= (learned_hits >= fixed_hits)[:, None]
+            used &= (learned_hits > fixed_hits)[:, None]
         new = ModulesState(learned, call.outputs, learned_hits, fixed_hits)
         return jnp.where(used, learned, call.outputs), new
 

@@ -22,7 +22,9 @@ from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.run import Run
 
-FORECASTS = ("ancestral", "zeros", "last", "fixed_point", "fixed_point_without_noise", "modules")
+# The second uses the modules also where the fixed point has the better record.
+LEARNED = ("modules", "modules_without_fallback")
+FORECASTS = ("ancestral", "zeros", "last", "fixed_point", "fixed_point_without_noise", *LEARNED)
 CHUNK = 8  # batches of a predictive sampler that one compiled loop draws, refilling its lanes
 
 
@@ -39,9 +41,9 @@ class Sampler(NamedTuple):
 def parse(text: str, grid: Grid, has_modules: bool) -> Sampler:
     """'fixed_point', or 'fixed_point:8' for windows of 8 rows; InputError for what there is not."""
     name, _, rows = text.partition(":")
-    names = [*(name for name in FORECASTS if has_modules or name != "modules"), "cached"]
+    names = [*(name for name in FORECASTS if has_modules or name not in LEARNED), "cached"]
     if name not in names:
-        why = ": the run has no forecasting modules" if name == "modules" else ""
+        why = ": the run has no forecasting modules" if name in LEARNED else ""
         raise InputError(f"there is no sampler '{text}' here{why}; there are auto, {', '.join(names)}")
     if not rows:
         return Sampler(name)
@@ -61,7 +63,7 @@ def choose(run: Run, batch: int, grid: Grid) -> Sampler:
     """The fastest sampler for a batch: as measured on this kind of device in the run, or by the built-in rule."""
     path = run.workdir / "samplers.json"
     if path.exists():
-        found = run_lib.read_json(path, ("device", "rows"))
+        found = run_lib.read_json(path, {"device": str, "rows": list})
         rows = [row for row in found["rows"] if row["exact"] is not False]
         if found["device"] == jax.devices()[0].device_kind and rows:
             distance = lambda row: abs(math.log(row["batch"] / batch))
@@ -73,10 +75,12 @@ def choose(run: Run, batch: int, grid: Grid) -> Sampler:
 
 
 def default(batch: int, grid: Grid) -> Sampler:
-    """Without measurements: predictive sampling for few images or small ones, cached ancestral sampling for many."""
-    if grid.height * grid.width <= 64:
-        return Sampler("fixed_point")
-    return Sampler("fixed_point", 4) if batch <= 8 else Sampler("cached")
+    """Without measurements. A processor's time is that of the arithmetic, which is least in cached ancestral sampling
+    for any batch (`benchmarks` in the README). Accelerators wait for one small step after another instead: there
+    predictive sampling serves few images or small ones."""
+    if jax.default_backend() == "cpu" or batch > 32:
+        return Sampler("cached")
+    return Sampler("fixed_point", 0 if grid.height <= 16 else 4)
 
 
 class Arm(NamedTuple):
@@ -118,10 +122,11 @@ def compiled(
 
 
 def _forecaster(name: str, modules: ModulesConfig | None, grid: Grid) -> forecasters.Forecaster:
-    if name == "modules":
+    if name in LEARNED:
         assert modules is not None
         predict = networks.predictor(modules, grid)
-        return forecasters.modules(predict, modules.modules, (grid.height, grid.width, grid.channels))
+        shape, fallback = (grid.height, grid.width, grid.channels), name == "modules"
+        return forecasters.modules(predict, modules.modules, shape, fallback=fallback)
     makers = {
         "ancestral": forecasters.none,
         "zeros": forecasters.zeros,

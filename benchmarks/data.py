@@ -94,7 +94,8 @@ def write_copy(origin: pathlib.Path, folder: pathlib.Path, split: str, records) 
     with open(folder / f"{info['name']}-{split}.tfrecord-00000-of-00001", "wb") as file:
         for record in records:
             length = struct.pack("<Q", len(record))
-            file.write(length + struct.pack("<I", tfrecord.masked_crc32c(length)) + record + bytes(4))
+            checksums = [struct.pack("<I", tfrecord.masked_crc32c(part)) for part in (length, record)]
+            file.write(length + checksums[0] + record + checksums[1])
 
 
 def write_photographs(folder: pathlib.Path, height: int, width: int, count: int) -> pathlib.Path:

@@ -116,6 +116,12 @@ class Checkpoints:
             raise InputError(f"{damage}; use the checkpoint of another step") from damage
         return self._load(step, abstract)
 
+    def check_step(self, step: int, abstract: PyTree[jax.ShapeDtypeStruct]) -> None:
+        """Raises InputError where the arrays of a step are not those that `abstract` asks for. Reads none of them."""
+        committed = _read(self._path(step))
+        if committed is not None:  # a damaged manifest is named by `restore`, which takes another step
+            _check_contents(committed.arrays, _by_path(abstract), self._path(step), self._remedy)
+
     def steps(self) -> list[int]:
         """The committed steps, in order."""
         if not self._folder.exists():

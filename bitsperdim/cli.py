@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from bitsperdim import adopt, images, metrics, sharding, trainer
+from bitsperdim import adopt, atomic, images, metrics, sharding, trainer
 from bitsperdim import config as config_lib
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError, RunError
@@ -33,6 +34,13 @@ from bitsperdim.run import Run
 PACKAGE = pathlib.Path(__file__).resolve().parent
 # Installed, configs are data of this package; in a checkout they stand beside it.
 CONFIG_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
+
+# Of the file system, whatever was under way. Others would be defects of ours.
+NO_ROOM = "make room, then the same command goes on"
+NO_ACCESS = "give yourself access to it, or use another folder (--workdir, --out)"
+REMEDIES = {errno.ENOSPC: NO_ROOM, errno.EDQUOT: NO_ROOM} | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS), NO_ACCESS
+)
 
 
 def train() -> None:
@@ -55,7 +63,10 @@ def evaluate() -> None:
 
     python evaluate.py --workdir=RUN [flags]
 
-      --split=evaluation        or train
+      --split=evaluation        or train; test of a folder with data.test_fraction; any split of a TFDS data set.
+                                Codes are kept of train and evaluation: stages on codes are left out on the others
+      --out=FOLDER              for evaluation.json; default the run's folder
+      --config.data.KEY=FOLDER  where the data are now; KEY is path, evaluation_path, data_dir or cache_dir
       --traceback               show where an error comes from
     """
     _script(_evaluate, evaluate.__doc__)
@@ -114,17 +125,21 @@ def _train(argv: list[str]) -> None:
 def _evaluate(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Run folder.", flag_values=values)
-    flags.DEFINE_string("split", "evaluation", "train or evaluation.", flag_values=values)
+    flags.DEFINE_string("split", "evaluation", "Split to measure on.", flag_values=values)
+    flags.DEFINE_string("out", "", "Folder for the figures; default the run folder.", flag_values=values)
+    for key in run_lib.PATH_KEYS:
+        flags.DEFINE_string(f"config.data.{key}", None, "Where the data are now.", flag_values=values)
     _parse(values, argv)
-    if values.split not in ("train", "evaluation"):
-        raise InputError(f"--split must be train or evaluation, not '{values.split}'")
-    run = run_lib.open_run(_required(values, "workdir"))
+    given = {key: values[f"config.data.{key}"].value for key in run_lib.PATH_KEYS}
+    paths = {key: path for key, path in given.items() if path is not None}
+    run = run_lib.open_run(_required(values, "workdir"), paths)
+    folder = run_lib.place(values.out) if values.out else run.workdir
+    _check_writable(folder)
     measured = trainer.evaluate(run, values.split)
-    path = run.workdir / "evaluation.json"
-    with _writing_to(run.workdir):
-        run_lib.write_json(path, measured)
     print(metrics.table(list(config_lib.flatten(measured)), ("figure", "value")))
-    print(f"written to {path}")
+    with _writing_to(folder):
+        run_lib.write_json(folder / "evaluation.json", measured)
+    print(f"written to {folder / 'evaluation.json'}")
 
 
 def _sample(argv: list[str]) -> None:
@@ -143,8 +158,9 @@ def _sample(argv: list[str]) -> None:
     flags.DEFINE_string("given", None, "Known pixels.", flag_values=values)
     _parse(values, argv)
     run = run_lib.open_run(_required(values, "workdir"))
+    folder = run_lib.place(values.out) if values.out else run.workdir
+    _check_writable(folder)
     loaded = run.family.load(run, sharding.mesh_at_hand(run.config.mesh))
-    folder = epath.Path(values.out) if values.out else run.workdir
     if values.compare_samplers:
         _compare_samplers(run, loaded, values.seed, folder)
         return
@@ -269,8 +285,15 @@ def _refuse_unknown_keys(argv: list[str], valid: list[str]) -> None:
     """`ml_collections` reports an unknown `--config.key` without its section, so it is looked up first."""
     for argument in argv:
         key = argument.removeprefix("--config.").partition("=")[0]
-        if argument.startswith("--config.") and key not in valid:
-            raise config_lib.unknown_key(key, valid)
+        if not argument.startswith("--config.") or key in valid:
+            continue
+        inside = [name for name in valid if name.startswith(f"{key}.")]
+        if inside:
+            raise InputError(
+                f"'{key}' is a section of the config: one of its keys is set by --config.{key}.KEY=VALUE, "
+                f"such as --config.{inside[0]}=VALUE"
+            )
+        raise config_lib.unknown_key(key, valid)
 
 
 def _default_workdir(name: str) -> str:
@@ -292,7 +315,15 @@ def _writing_to(folder: epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+        raise InputError(f"cannot write to {folder}: {error.strerror}; use another --out=FOLDER") from error
+
+
+def _check_writable(folder: epath.Path) -> None:
+    """Raises InputError before the work whose results could not be written. Leaves nothing behind."""
+    if not atomic.is_remote(folder):
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        with _writing_to(folder), tempfile.TemporaryFile(dir=existing):
+            pass
 
 
 def _required(values: flags.FlagValues, name: str) -> Any:
@@ -312,10 +343,10 @@ def _script(main: Callable[[list[str]], None], help_text: str | None) -> None:
         main(argv)
     except (RunError, OSError) as error:
         if isinstance(error, OSError):
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in REMEDIES:
                 raise
             where = f" for {error.filename}" if error.filename else ""
-            error = InputError(f"{error.strerror}{where}; make room, then the same command goes on")
+            error = InputError(f"{error.strerror}{where}; {REMEDIES[error.errno]}")
         if "--traceback" in sys.argv:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ flags (`cli.py`), and what may differ between two starts of one run (`run.py`).
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -85,6 +86,8 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
         return None if value is None else _checked(value, section, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and math.isnan(value):  # which would pass every comparison of its section
+        raise InputError(f"config value {path} must be a number, not nan")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise InputError(f"'{path}' must be of type {hint.__name__}, not {type(value).__name__} ({value!r})")
     return value

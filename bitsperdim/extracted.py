@@ -65,9 +65,12 @@ def is_extracted(run: Run, extraction: Extraction) -> bool:
 def open_arrays(run: Run, extraction: Extraction, split: str) -> dict[str, np.ndarray]:
     """The arrays of a split by name, mapped into memory.
 
-    Raises InputError where a file has changed, or the run's model is another one by now.
+    Raises InputError where there are none, a file has changed, or the run's model is another one by now.
     """
-    info = run_lib.read_json(run.folder(extraction.name) / "info.json", INFO | {"files": {split: dict}})
+    path = run.folder(extraction.name) / "info.json"
+    if not path.exists():
+        raise InputError(f"{path.parent} is missing; train.py makes it again")
+    info = run_lib.read_json(path, INFO | {"files": {split: dict}})
     step = trainer.restored_step(run, extraction.of)
     if info["step"] != step or info["fingerprint"] != _fingerprint_at(run, extraction.of, step):
         raise _of_another(run, extraction, info["step"], step)
@@ -77,9 +80,15 @@ def open_arrays(run: Run, extraction: Extraction, split: str) -> dict[str, np.nd
 
 
 def source_state(run: Run, extraction: Extraction, mesh: Mesh) -> PyTree:
-    """The model that extracted (`step`, `ema`, `extra`); InputError where the run's is another one by now."""
+    """The model that extracted (`step`, `ema`, `extra`); InputError where the run's is another one by now.
+
+    What was extracted may have been removed since: then there is nothing to compare with.
+    """
     _, state = trainer.restore(run, extraction.of, mesh)
-    info = run_lib.read_json(run.folder(extraction.name) / "info.json", INFO)
+    path = run.folder(extraction.name) / "info.json"
+    if not path.exists():
+        return state
+    info = run_lib.read_json(path, INFO)
     if info["fingerprint"] != fingerprint(state):
         raise _of_another(run, extraction, info["step"], int(state["step"]))
     return state

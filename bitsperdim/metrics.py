@@ -20,6 +20,7 @@ from bitsperdim import atomic
 from bitsperdim.errors import InputError
 
 FILE = "metrics.jsonl"
+SHORTEST = 0.05  # seconds in which a speed can be measured
 
 
 class Writer:
@@ -124,10 +125,15 @@ class Throughput:
         self._start = step, self._clock()
 
     def read(self, step: int) -> Rate:
-        """Ends the window and begins the next; unknown where it never began or had no step."""
+        """Ends the window and begins the next; unknown where it never began or had no step.
+
+        A window too short to tell goes on instead.
+        """
         start, now = self._start, self._clock()
+        if start is not None and step > start[0] and now < start[1] + SHORTEST:
+            return Rate(math.nan, math.nan)
         self._start = step, now
-        if start is None or step <= start[0] or now <= start[1]:
+        if start is None or step <= start[0]:
             return Rate(math.nan, math.nan)
         seconds = (now - start[1]) / (step - start[0])
         return Rate(self._images_per_step / seconds, seconds)

@@ -61,7 +61,7 @@ class Stage(NamedTuple):
     name: str
     needs: tuple[str, ...] = ()
     model: Callable[["Run"], Model] | None = None
-    source: Callable[["Run", str], "Source"] | None = None  # (run, 'train' | 'evaluation')
+    source: Callable[["Run", str], "Source"] | None = None  # (run, 'train' | 'evaluation' | another split to measure)
     pictures: Callable[["Run", Mesh], Pictures] | None = None
     begin: Callable[["Run", Mesh], dict[str, PyTree]] | None = None  # entries of a new state that are not fresh
     facts: Callable[["Run"], dict[str, Any]] | None = None  # of the data (shape, levels, ...): kept in STAGE/data.json
@@ -91,5 +91,5 @@ class Loaded(NamedTuple):
     compare_samplers: Callable[..., tuple[list[dict[str, Any]], dict[str, np.ndarray]]] | None = None
 
     def sample(self, key: Key[Array, ""], n: int, **options: Any) -> UInt8[np.ndarray, "n h w c"]:
-        """n images; image i depends on (key, i) alone, not on n."""
+        """n images; image i depends on (key, i) alone, not on n. `help(run.draw)` shows the options."""
         return self.draw(key, n, **options)[0]

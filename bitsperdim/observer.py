@@ -123,7 +123,8 @@ class Observer:
         count = {"steps": len(reports) * self._config.steps_per_dispatch}
         self._write(done, "train", {**count, **summary, **figures, "images_per_second": rate.images_per_second})
         bad = int(figures["non_finite_in_a_row"])
-        if bad >= self._config.max_non_finite:
+        # At the end there is no next step that could be finite: a stage must not pass for trained.
+        if bad >= self._config.max_non_finite or (bad and done == self._config.steps):
             raise NonFiniteError(
                 f"loss or gradients were not finite for {bad} steps in a row, up to step {done:,}; lower the learning "
                 f"rate or set clip_norm, and start in a new --workdir (the checkpoints in {self._folder} are finite)"

@@ -7,6 +7,7 @@
 Not here: what is inside a checkpoint (`checkpoint.py`), and what a stage does (`trainer.py`).
 """
 
+import dataclasses
 import importlib
 import importlib.metadata
 import io
@@ -36,6 +37,8 @@ FREE_KEYS = frozenset(
     # Where images lie; that they are the same ones is checked by their fingerprint.
     | {"path", "evaluation_path"}
 )
+# Of the section `data`: places on this machine, kept in full so that a run can be used from any folder.
+PATH_KEYS = ("path", "evaluation_path", "data_dir", "cache_dir")
 
 
 class Run(NamedTuple):
@@ -95,7 +98,9 @@ def check(workdir: str | os.PathLike[str], values: ConfigDict | Mapping[str, Any
     Writes nothing: a data set that turns out to be missing should leave no folder behind.
     """
     family, config = parse(values)
-    folder = epath.Path(workdir)
+    paths = {name: _in_full(getattr(config.data, name)) for name in PATH_KEYS}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
+    folder = place(workdir)
     run = Run(folder, config, family)
     if (folder / "config.json").exists():
         _refuse_differences(read_json(folder / "config.json"), run)
@@ -117,16 +122,30 @@ def create(run: Run) -> list[str]:
         raise InputError(f"cannot write to {run.workdir}: {error.strerror}; use another --workdir") from error
 
 
-def open_run(workdir: str | os.PathLike[str]) -> Run:
-    """The run in an existing folder; `InputError` when it is none."""
-    folder = epath.Path(workdir)
+def open_run(workdir: str | os.PathLike[str], paths: Mapping[str, str] = {}) -> Run:
+    """The run in an existing folder; `InputError` when it is none. `paths`: other values of `PATH_KEYS`."""
+    folder = place(workdir)
     if not folder.exists():
         raise InputError(f"there is no run folder {folder}")
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} is no run: it has no config.json")
     values = read_json(folder / "config.json")
-    family, config = parse(values)
+    if paths and isinstance(values.get("data"), dict):
+        values["data"] |= {name: _in_full(path) for name, path in paths.items()}
+    try:
+        family, config = parse(values)
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from error
     return Run(folder, config, family)
+
+
+def place(path: str | os.PathLike[str]) -> epath.Path:
+    """A folder as people give it: '~' is their home."""
+    return epath.Path(os.path.expanduser(path))
+
+
+def _in_full(path: str) -> str:
+    return path if not path or atomic.is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def _note_environment(run: Run) -> list[str]:
@@ -157,10 +176,24 @@ def _refuse_differences(old: dict[str, Any], run: Run) -> None:
         if before.get(key) != after.get(key) and not _may_differ(key, before, after, run.config)
     ]
     if lines:
+        reasons = [_why_not_longer(key, before, after, run) for key in sorted(before.keys() & after.keys())]
         raise InputError(
             f"{run.workdir} was trained with another config; use a new --workdir or the old values:\n"
-            + "\n".join(lines)
+            + "\n".join(lines + [reason for reason in reasons if reason])
         )
+
+
+def _why_not_longer(key: str, before: dict[str, Any], after: dict[str, Any], run: Run) -> str:
+    """What a longer training would have needed; '' where `key` does not ask for one."""
+    section, _, name = key.rpartition(".")
+    if name != "steps" or after[key] <= before[key] or not optim.depends_on_steps(_optim_beside(section, run.config)):
+        return ""
+    beside = ".".join([*section.split(".")[:-1], "optim"])
+    return (
+        f"the cosine schedule of {beside} ends with {key}, so a longer training has other learning rates from its "
+        f"beginning; set {beside}.cosine_steps or another {beside}.schedule from the beginning, or begin a new "
+        f"--workdir with the weights of this one: --init_from={run.workdir}"
+    )
 
 
 def _may_differ(key: str, before: dict[str, Any], after: dict[str, Any], config: Any) -> bool:
@@ -223,3 +256,8 @@ def write_json(path: epath.Path, values: Any) -> None:
 def stream() -> TextIO:
     """Where a run speaks to people: stderr of the first host; the others write into the void."""
     return sys.stderr if jax.process_index() == 0 else io.StringIO()
+
+
+def say(line: str) -> None:
+    """A line for people, once for all hosts."""
+    print(line, file=stream(), flush=True)

@@ -34,6 +34,10 @@ class MeshConfig:
         if self.data == self.fsdp == -1:
             raise ValueError("data and fsdp must not both be -1")
         for pattern, axes in self.rules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"rules must begin with regular expressions, not {pattern!r} ({error})") from error
             if unknown := set(axes) - {"", "data", "fsdp"}:
                 raise ValueError(
                     f"rules must name the axes 'data', 'fsdp' or '', not {sorted(unknown)} for {pattern!r}"

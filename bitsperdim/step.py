@@ -24,7 +24,7 @@ class TrainConfig:
 
     batch_size: int  # global, over all hosts and devices
     steps: int
-    accumulation: int = 1  # micro-batches a step; saves memory, changes nothing but what BatchNorm sees
+    accumulation: int = 1  # micro-batches a step; less memory but on CPUs, and BatchNorm alone sees a difference
     steps_per_dispatch: int = 1  # steps in one compiled program; more of them hide a slow host
     clip_norm: float = 0.0  # global gradient norm; 0: no clipping
     skip_norm: float = 0.0  # a step whose norm exceeds it is not taken; 0: only non-finite ones are not
@@ -57,6 +57,8 @@ class TrainConfig:
             )
         if self.profile and (len(self.profile) != 2 or not 0 < self.profile[0] <= self.profile[1]):
             raise ValueError(f"profile must be (first, last) step or (), not {self.profile}")
+        if self.profile and self.profile[0] > self.steps:
+            raise ValueError(f"profile must begin within the {self.steps} steps of the stage, not {self.profile}")
         for name in ("steps", "log_every", "evaluate_every", "pictures_every", "save_every"):
             if getattr(self, name) % self.steps_per_dispatch:
                 raise ValueError(
@@ -142,7 +144,7 @@ def _gradients(model: Model, accumulation: int, state: PyTree, batch: Batch, key
     parts = []
     if jax.default_backend() != "cpu":
         total, parts = jax.lax.scan(lambda total, micro: _add(total, of(micro)), total, micros)
-    else:  # unrolled, as the steps of a dispatch; this backend then saves no memory
+    else:  # unrolled, as the steps of a dispatch, which saves no memory
         for i in range(accumulation):
             total, values = _add(total, of(_at(micros, i)))
             parts.append(values)

@@ -2,7 +2,8 @@
 
     config -> run folder -> mesh -> for each stage: data, model -> state (restored or new) -> steps -> checkpoint
 
-Not here: what a step computes (`step.py`), what a model is (`model.py`), how a state is stored (`checkpoint.py`).
+Not here: what a step computes (`step.py`), what a model is (`model.py`), how a state is stored (`checkpoint.py`) and
+restored (`trained.py`).
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from bitsperdim import atomic, checkpoint, data, evaluation, metrics, optim, rng, sharding
+from bitsperdim import atomic, data, evaluation, metrics, optim, rng, sharding, warm_start
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
@@ -27,12 +28,17 @@ from bitsperdim.model import Model, Stage
 from bitsperdim.observer import Observer
 from bitsperdim.run import Run
 from bitsperdim.signals import Signals
+from bitsperdim.trained import abstract_state, checkpoints_of, restore
+from bitsperdim.trained import restored_step as restored_step
+
+SPLITS = ("train", "evaluation")
 
 
 def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", init_from: str = "") -> Run:
     """Trains every stage that is not complete, in order (or the stage `only`), in the run folder `workdir`.
 
-    A stage that begins, and that the run `init_from` has trained, begins with the Polyak weights from there.
+    A stage that begins, and that the run `init_from` has trained, begins with the Polyak weights from there; one that
+    has begun goes on.
 
     The same call again goes on where the last one stopped, bit for bit. Raises `InputError` before anything is written
     when the config, the data or the folder do not fit, `Interrupted` after a signal (`KeyboardInterrupt` where there is
@@ -48,14 +54,19 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", 
         for stage in chosen:
             # What cannot be built should not be found out when its turn comes, hours later. This may fetch the data.
             if stage.model is not None:
-                stage.model(run)
+                like = abstract_state(run, stage, stage.model(run), mesh)
+                if init_from:
+                    warm_start.check(run, stage, like, init_from)
         complete = {stage.name: is_complete(run, stage) for stage in chosen}
         if all(complete.values()):
-            _say(f"{run.workdir} is complete: nothing left to do")
+            for stage in chosen:
+                if _record_of_sources(run, stage).exists():  # not of what extracts, nor of published weights
+                    check_sources(run, stage, _sources(run, stage))
+            run_lib.say(f"{run.workdir} is complete: nothing left to do")
             return run
         for stage in chosen:
             if complete[stage.name]:
-                _say(f"{stage.name}: complete")
+                run_lib.say(f"{stage.name}: complete")
                 continue
             _require(run, stage)
             if stage.extract is not None:
@@ -82,13 +93,13 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
     """From the newest checkpoint, or from nothing, to the stage's last step."""
     assert stage.model and stage.source and stage.optim and stage.settings
     config, seed, model = stage.settings, run.seed(stage.name), stage.model(run)
-    sources = {split: stage.source(run, split) for split in ("train", "evaluation")}
+    sources = _sources(run, stage)
     check_sources(run, stage, sources)
     like = abstract_state(run, stage, model, mesh)
     _check_best_metric(config, model, like, sources["evaluation"])
     observer = Observer(run, stage, model, sources["evaluation"], mesh, signals.check)
-    weights = _warm_start(run, stage, like, init_from)
-    _record_start(run, stage, sources)
+    weights, record = warm_start.begin(run, stage, like, init_from)
+    _record_start(run, stage, sources, record)
     _warn_of_micro_batches(stage, like)
     step = step_lib.compiled(model, stage.optim, config, seed, mesh, like)
     with _alone(run.folder(stage.name)), checkpoints_of(run, stage) as checkpoints:
@@ -119,14 +130,22 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
 
 
 def evaluate(run: Run, split: str) -> dict[str, Any]:
-    """The figures of every complete stage over all of `split` ('train' or 'evaluation'), and those of the run."""
+    """The figures of every complete stage over all of `split`, and those of the run.
+
+    `split` is 'train', 'evaluation', or another one of the run's data set; on the latter stages are not measured whose
+    data were extracted from the first two. InputError where the images are not those that the run was trained with.
+    """
     mesh = sharding.mesh_at_hand(run.config.mesh)
     measured: dict[str, Any] = {}
     for stage in run.stages():
         if stage.model is None or stage.source is None or stage.settings is None or not is_complete(run, stage):
             continue
-        model, state = restore(run, stage.name, mesh)
+        if lacking := _lacking(run, stage, split):
+            run_lib.say(f"{stage.name}: not measured, for {lacking}")
+            continue
         source = stage.source(run, split)
+        check_sources(run, stage, {split: source})
+        model, state = restore(run, stage.name, mesh)
         figures = evaluation.evaluate(
             model,
             evaluation.compiled(model, mesh),
@@ -144,53 +163,14 @@ def evaluate(run: Run, split: str) -> dict[str, Any]:
     return {"split": split, **measured, **run.family.report(run.config, measured)}
 
 
-def restore(run: Run, name: str, mesh: Mesh) -> tuple[Model, PyTree]:
-    """A trained stage's model and what of its state is used after training: `step`, `ema` and `extra`.
-
-    That of the last checkpoint, or of the best one where the stage's `best_metric` names a figure.
-    """
-    stage = run.stage(name)
-    assert stage.model is not None
-    with checkpoints_of(run, stage) as checkpoints:
-        if not checkpoints.steps():
-            raise InputError(f"stage '{name}' of {run.workdir} has no checkpoint yet; train it first")
-        model = stage.model(run)
-        like = abstract_state(run, stage, model, mesh)
-        like = {entry: like[entry] for entry in ("step", "ema", "extra")}
-        return model, _best_or_last(checkpoints, like)[1]
-
-
-def _best_or_last(checkpoints: Checkpoints, like: PyTree) -> tuple[int, PyTree]:
-    """Step and state of the best checkpoint where there is one, else of the last. There must be some."""
-    best = checkpoints.best_step()
-    if best is not None:
-        try:
-            return best, checkpoints.restore_step(best, like)
-        except InputError as error:
-            _say(f"warning: the best checkpoint cannot be used, the last one is: {error}")
-    restored = checkpoints.restore(like)
-    assert restored is not None
-    return restored
-
-
-def restored_step(run: Run, name: str) -> int:
-    """The step that `restore` gives, as far as it can be told without reading it; 0 where there is none."""
-    with checkpoints_of(run, run.stage(name)) as checkpoints:
-        return checkpoints.best_step() or max(checkpoints.steps(), default=0)
-
-
-def checkpoints_of(run: Run, stage: Stage, remedy: str = checkpoint.REMEDY) -> Checkpoints:
-    """The checkpoints of a stage; to be closed. `remedy` is said where their arrays are not those of the config."""
-    assert stage.settings is not None
-    best = (stage.settings.best_metric, "min") if stage.settings.best_metric else None
-    return Checkpoints(run.folder(stage.name) / "checkpoints", stage.settings.keep_checkpoints, best, remedy)
-
-
-def abstract_state(run: Run, stage: Stage, model: Model, mesh: Mesh) -> PyTree:
-    """Shapes, types and places of a stage's whole train state."""
-    assert stage.optim and stage.settings
-    optimizer = optim.optimizer(stage.optim, stage.settings.steps)
-    return state_lib.abstract(model, optimizer, jax.random.key(0), mesh, run.config.mesh)
+def _lacking(run: Run, stage: Stage, split: str) -> str:
+    """Why a stage that is measured on what another one extracted has nothing to be measured on; '' where it has."""
+    for extraction in map(run.stage, stage.needs):
+        if extraction.extract is not None and split not in SPLITS:
+            return f"'{extraction.name}' has the splits {' and '.join(SPLITS)} only"
+        if extraction.extract is not None and not is_complete(run, extraction):
+            return f"{run.folder(extraction.name)} is missing; train.py makes it again"
+    return ""
 
 
 def _restored_or_new(
@@ -198,7 +178,7 @@ def _restored_or_new(
 ) -> tuple[PyTree, int]:
     restored = checkpoints.restore(like)
     if restored is not None:
-        _say(f"{stage.name}: going on from step {restored[0]:,}")
+        run_lib.say(f"{stage.name}: going on from step {restored[0]:,}")
         return restored[1], restored[0]
     assert stage.optim and stage.settings
     key = rng.for_purpose(jax.random.key(run.seed(stage.name)), "init")
@@ -210,26 +190,8 @@ def _restored_or_new(
     if weights is not None:
         # Copies: a buffer of the state cannot be donated twice.
         state |= weights | {"params": jax.tree.map(jnp.copy, weights["ema"])}
-    _say(f"{stage.name}: {state_lib.num_params(state):,} parameters, {stage.settings.steps:,} steps")
+    run_lib.say(f"{stage.name}: {state_lib.num_params(state):,} parameters, {stage.settings.steps:,} steps")
     return state, 0
-
-
-def _warm_start(run: Run, stage: Stage, like: PyTree, init_from: str) -> PyTree | None:
-    """`ema` and `extra` of the same stage of another run; None where it has not trained it, or the stage has begun.
-
-    Raises InputError where the folder is no run or its arrays have other shapes.
-    """
-    if not init_from or restored_step(run, stage.name):
-        return None
-    other = run_lib.open_run(init_from)
-    if not restored_step(other, stage.name):
-        _say(f"{stage.name}: not trained in {init_from}, so it starts anew")
-        return None
-    remedy = f"begin without --init_from, or with the '{stage.name}' of a run whose model and images are like these"
-    with checkpoints_of(other, other.stage(stage.name), remedy) as checkpoints:
-        step, weights = _best_or_last(checkpoints, {entry: like[entry] for entry in ("ema", "extra")})
-    _say(f"{stage.name}: starting with the weights of step {step:,} of {init_from}")
-    return weights
 
 
 @contextlib.contextmanager
@@ -249,9 +211,19 @@ def _alone(folder: epath.Path) -> Iterator[None]:
         yield
 
 
+def _sources(run: Run, stage: Stage) -> dict[str, data.Source]:
+    """Those that a stage trains on and is measured on."""
+    assert stage.source
+    return {split: stage.source(run, split) for split in SPLITS}
+
+
+def _record_of_sources(run: Run, stage: Stage) -> epath.Path:
+    return run.folder(stage.name) / "sources.json"
+
+
 def check_sources(run: Run, stage: Stage, sources: dict[str, data.Source]) -> None:
     """Raises InputError where the images are not those that the stage began with."""
-    path = run.folder(stage.name) / "sources.json"
+    path = _record_of_sources(run, stage)
     before = run_lib.read_json(path, {"train": dict, "evaluation": dict}) if path.exists() else {}
     for split, source in sources.items():
         now = _describe(source)
@@ -276,15 +248,15 @@ def _describe(source: data.Source) -> dict[str, Any]:
     }
 
 
-def _record_start(run: Run, stage: Stage, sources: dict[str, data.Source]) -> None:
+def _record_start(run: Run, stage: Stage, sources: dict[str, data.Source], record: Mapping[str, Any] = {}) -> None:
     """The first thing that is written: by now the config, the data and the stages before have been found to fit."""
     facts = stage.facts(run) if stage.facts else {}
     for line in run_lib.create(run):
-        _say(f"note: {line}; bit-for-bit equality with the earlier part is not promised")
+        run_lib.say(f"note: {line}; bit-for-bit equality with the earlier part is not promised")
     if jax.process_index() == 0:
-        run_lib.write_json(run.folder(stage.name) / "data.json", facts)
+        run_lib.write_json(run.folder(stage.name) / "data.json", {**facts, **record})
         described = {split: _describe(source) for split, source in sources.items()}
-        run_lib.write_json(run.folder(stage.name) / "sources.json", described)
+        run_lib.write_json(_record_of_sources(run, stage), described)
 
 
 def _require(run: Run, stage: Stage) -> None:
@@ -310,7 +282,7 @@ def _warn_of_micro_batches(stage: Stage, like: PyTree) -> None:
     assert stage.settings
     parts = stage.settings.accumulation
     if parts > 1 and isinstance(like["extra"], dict) and jax.tree.leaves(like["extra"].get("batch_stats")):
-        _say(
+        run_lib.say(
             f"warning: {stage.name}: accumulation={parts}: BatchNorm normalises each micro-batch of "
             f"{stage.settings.batch_size // parts} by itself; a model with norm='group', where it has the choice, is "
             "the same function as without accumulation"
@@ -342,7 +314,3 @@ def _check_batch_size(stage: Stage, mesh: Mesh) -> None:
 def progress(what: str, total: int) -> Callable[[int], None]:
     """`metrics.counting`, seen on one host."""
     return metrics.counting(what, total, run_lib.stream())
-
-
-def _say(line: str) -> None:
-    print(line, file=run_lib.stream(), flush=True)

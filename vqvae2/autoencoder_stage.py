@@ -24,6 +24,7 @@ from vqvae2.config import AutoencoderConfig, Config
 from vqvae2.facts import Facts
 
 NUM_PICTURES = 32
+CHUNK = 64  # images encoded or decoded at once
 
 
 def stage(config: Config) -> Stage:
@@ -173,9 +174,12 @@ def coder(run: Run) -> Coder:
                 f"images must be uint8 {['n', *about.shape]} with levels below {about.levels}, "
                 f"not {images.dtype} {list(images.shape)} up to {images.max(initial=0)}"
             )
-        return jax.device_get(encoded(params, extra, images))
+        return _in_chunks(lambda images: encoded(params, extra, images), images)
 
     def decode(params, extra, codes):
+        if not isinstance(codes, Mapping):
+            levels = ", ".join(f"'{level}': ..." for level in grids)
+            raise InputError(f"codes must be a dict of arrays by level, {{{levels}}}, not {type(codes).__name__}")
         if not codes or not set(codes) <= set(grids):
             raise InputError(f"codes must be given for one or more of {', '.join(grids)}, not for {list(codes)}")
         codes = {level: np.asarray(grid) for level, grid in codes.items()}
@@ -191,9 +195,19 @@ def coder(run: Run) -> Coder:
         if len({len(grid) for grid in codes.values()}) > 1:
             given = ", ".join(f"{level} {len(grid)}" for level, grid in codes.items())
             raise InputError(f"there must be as many codes of each level, not {given}")
-        return np.asarray(decoded(params, extra, codes))
+        return _in_chunks(lambda codes: decoded(params, extra, codes), codes)
 
     return Coder(encode, decode)
+
+
+def _in_chunks(function: Callable[[PyTree], PyTree], rows: PyTree) -> PyTree:
+    """`function` of at most CHUNK rows at a time, as numpy, so that any number of them fits into memory."""
+    count = len(jax.tree.leaves(rows)[0])
+    # The last chunk is filled up: another size would be another program to compile.
+    places = np.minimum(np.arange(max(-(-count // CHUNK), 1) * min(count, CHUNK)), count - 1)
+    chosen = lambda chunk: jax.tree.map(lambda leaf: leaf[chunk], rows)
+    parts = [jax.device_get(function(chosen(chunk))) for chunk in np.split(places, range(CHUNK, len(places), CHUNK))]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
 
 def _pictures(run: Run, config: Config) -> Pictures:

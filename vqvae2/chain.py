@@ -4,7 +4,8 @@ Source: Razavi et al. 2019, algorithm 2. Not here: training the parts (`autoenco
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -32,7 +33,10 @@ def network(run: Run, name: str) -> Prior:
     """The prior of a level. Raises InputError where classes are asked of data that have none."""
     config, about = getattr(run.config, name).model, facts.of_run(run)
     if config.class_conditional and not about.num_classes:
-        raise InputError(f"{name}.model.class_conditional=True, but the images have no labels")
+        raise InputError(
+            f"{name}.model.class_conditional=True, but the images have no labels; set it to False, or use images with "
+            "labels (of a folder with sub-folders: data.labels=True)"
+        )
     num_codes = run.config.autoencoder.model.num_codes
     pixel_snail = PixelSnail(
         num_codes=num_codes,
@@ -112,18 +116,30 @@ def load(run: Run, mesh: Mesh) -> Loaded:
     chain = functools.cache(lambda: _sampler(run, mesh))
 
     def encode(images: np.ndarray) -> dict[str, np.ndarray]:
+        """The codes of images, uint8 [n, h, w, c]: int32 {"top": [n, ht, wt], "bottom": [n, hb, wb]}."""
         return coder.encode(autoencoder()["ema"], autoencoder()["extra"], images)
 
-    def decode(given: dict[str, np.ndarray]) -> np.ndarray:
+    def decode(given: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The images of codes, {"top": ..., "bottom": ...} as from `encode`; one level alone shows what it knows."""
         return coder.decode(autoencoder()["ema"], autoencoder()["extra"], given)
+
+    def reconstruct(images: np.ndarray) -> np.ndarray:
+        """Images, uint8 [n, h, w, c], as their codes decode."""
+        return decode(encode(images))
 
     def draw(
         key: Key[Array, ""], n: int, temperature: float = 1.0, label: int | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
+        """n images and the calls of the networks; without `label` every class in turn, where there are classes."""
+        if n < 1:
+            raise InputError(f"n must be at least 1, not {n}")
+        if not 0.0 <= temperature < math.inf:
+            raise InputError(f"temperature must be finite and at least 0 (greedy), not {temperature}")
         calls = {name: height * width for name, (height, width) in grids(run).items()}
         return chain()(key, n, temperature, label), {"network_calls_per_batch": calls, "batch": min(n, BATCH)}
 
     def log_prob(images: np.ndarray, key: Key[Array, ""] | None = None, samples: int = 1) -> NoReturn:
+        """Raises InputError: there is none."""
         raise InputError(
             "a VQ-VAE-2 run gives no likelihood of an image: its priors rate the codes of a reconstruction, not the "
             "image (evaluate.py reports that rate beside the distortion)"
@@ -136,7 +152,7 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         draw=draw,
         encode=encode,
         decode=decode,
-        reconstruct=lambda images: decode(encode(images)),
+        reconstruct=reconstruct,
     )
 
 
@@ -177,11 +193,11 @@ def _labels(run: Run, count: int, label: int | None) -> Array | None:
     conditional = any(getattr(run.config, name).model.class_conditional for name in grids(run))
     if not conditional:
         if label is not None:
-            raise InputError(f"--label={label}, but the priors of {run.workdir} were trained without classes")
+            raise InputError(f"label={label}, but the priors of {run.workdir} were trained without classes")
         return None
     num_classes = facts.of_run(run).num_classes
     if label is not None and not 0 <= label < num_classes:
-        raise InputError(f"--label must lie in 0..{num_classes - 1}, not {label}")
+        raise InputError(f"label must lie in 0..{num_classes - 1}, not {label}")
     return jnp.arange(count, dtype=jnp.int32) % num_classes if label is None else jnp.full(count, label, jnp.int32)
 
 

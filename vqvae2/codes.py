@@ -76,5 +76,5 @@ def open_codes(run: Run, split: str) -> Source:
 
 
 def autoencoder(run: Run, mesh: Mesh) -> PyTree:
-    """The trained autoencoder (`ema`, `extra`); raises InputError where the run's codes were made by another one."""
+    """The trained autoencoder (`ema`, `extra`); raises InputError where the run has codes that another one made."""
     return extracted.source_state(run, CODES, mesh)

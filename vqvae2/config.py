@@ -4,6 +4,7 @@ Defaults are the supplement's (Tables 1 and 3) where it gives a value. Not here:
 """
 
 import dataclasses
+import math
 
 from bitsperdim.data import DataConfig
 from bitsperdim.optim import OptimConfig
@@ -44,6 +45,10 @@ class AutoencoderConfig:
             if stride < 2 or stride & (stride - 1):
                 raise ValueError(f"strides must be powers of two, not {self.strides}")
         _check_dtype(self.dtype)
+        if not 0 <= self.commitment < math.inf:
+            raise ValueError(f"commitment must be finite and at least 0, not {self.commitment}")
+        if not 0 < self.codebook_epsilon < math.inf:
+            raise ValueError(f"codebook_epsilon must be finite and positive, not {self.codebook_epsilon}")
         if not 0 < self.codebook_decay < 1:
             raise ValueError(f"codebook_decay must lie in (0, 1), not {self.codebook_decay}")
         if not 0 <= self.revival_threshold < 1:

@@ -9,6 +9,7 @@ import pytest
 
 import bitsperdim
 from arm_forecast import comparison, samplers, sampling
+from arm_forecast.pixelcnn import Grid
 from bitsperdim import cli, data, sharding, trainer
 from bitsperdim.errors import InputError
 from bitsperdim.metrics import read
@@ -151,6 +152,15 @@ def test_the_script_measures_every_sampler_and_the_fastest_is_then_chosen(run, t
     (run.workdir / "samplers.json").unlink()
 
 
+@pytest.mark.parametrize(
+    ("backend", "batch", "expected"),
+    [("cpu", 1, "cached"), ("tpu", 1, "fixed_point:4"), ("gpu", 32, "fixed_point:4"), ("gpu", 64, "cached")],
+)
+def test_without_measurements_the_kind_of_device_and_the_batch_decide(monkeypatch, backend, batch, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert str(samplers.default(batch, Grid(32, 32, 3, 256))) == expected
+
+
 def test_flags_that_mean_nothing_are_refused(run, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["sample.py", f"--workdir={run.workdir}", "--label=3"])
     with pytest.raises(SystemExit) as ended:
@@ -201,8 +211,8 @@ def test_a_latent_run_decodes_what_its_model_of_codes_draws(latent):
     np.testing.assert_array_equal(codes, np.load(latent.workdir / "codes" / "evaluation" / "codes.npy")[:5])
     np.testing.assert_array_equal(loaded.decode(codes), loaded.reconstruct(images))
     drawn, about = loaded.draw(jax.random.key(0), 3)
-    assert drawn.shape == (3, 16, 16, 3) and about["sampler"] == "fixed_point"
-    np.testing.assert_array_equal(drawn, loaded.sample(jax.random.key(0), 3, sampler="cached"))
+    assert drawn.shape == (3, 16, 16, 3) and about["sampler"] == "cached"
+    np.testing.assert_array_equal(drawn, loaded.sample(jax.random.key(0), 3, sampler="fixed_point"))
     with pytest.raises(InputError, match="a latent run gives no likelihood of an image"):
         loaded.log_prob(images)
     with pytest.raises(InputError, match="given pixels mean nothing to a model of codes"):

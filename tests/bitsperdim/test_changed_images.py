@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bitsperdim import run as run_lib
 from bitsperdim import trainer
 from bitsperdim.errors import InputError
 
@@ -78,6 +79,38 @@ def test_changed_images_are_refused_with_what_changed(train, pictures, tmp_path,
     assert named in message
     assert message.endswith("; restore them, or use a new --workdir")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_complete_run_is_neither_measured_nor_called_complete_on_changed_images(train, pictures):
+    run = train(pictures)
+    save(pictures / "held_out" / "33.png", 99)
+    with pytest.raises(InputError, match=r"the evaluation images of .*run/model have changed since it began"):
+        trainer.evaluate(run, "evaluation")
+    with pytest.raises(InputError, match=r"the evaluation images of .*run/model have changed since it began"):
+        train(pictures)
+    assert trainer.evaluate(run, "train")["model"]["images"] == 30  # which are the same
+
+
+def test_a_third_part_of_the_folder_can_be_measured(train, pictures):
+    run = train(pictures, test_fraction=0.3)
+    sizes = {split: trainer.evaluate(run, split)["model"]["images"] for split in ("train", "test")}
+    assert sizes["test"] > 0 and sum(sizes.values()) == 30
+    with pytest.raises(InputError, match="'dev'"):
+        trainer.evaluate(run, "dev")
+
+
+def test_a_run_is_measured_from_any_folder_and_where_its_images_have_moved(train, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(pictures.relative_to(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    kept = trainer.evaluate(run_lib.open_run(tmp_path / "run"), "evaluation")
+    shutil.move(pictures, tmp_path / "moved")
+    paths = {"path": "../moved/train", "evaluation_path": "../moved/held_out"}
+    assert trainer.evaluate(run_lib.open_run(tmp_path / "run", paths), "evaluation")["model"] == {
+        **kept["model"],
+        "split": kept["model"]["split"].replace("pictures", "moved"),
+    }
 
 
 def test_restored_images_are_welcome_again(train, pictures):

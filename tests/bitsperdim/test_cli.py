@@ -1,5 +1,6 @@
 """The scripts as people call them: what is printed, what is written, and the exit code."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -66,7 +67,10 @@ def trained(tmp_path_factory):
     [
         (["--config.train.log_evry=5"], "unknown key 'train.log_evry' in --config; did you mean 'train.log_every'?"),
         (["--config.optm.name=adam"], "unknown key 'optm.name' in --config; did you mean 'optim.name'?"),
-        (["--config.train=5"], "unknown key 'train' in --config"),
+        (
+            ["--config.train=5"],
+            "'train' is a section of the config: one of its keys is set by --config.train.KEY=VALUE",
+        ),
         (["--config.train.steps=many"], "steps"),
         (["--config.train.steps=1.5"], "steps"),
         (["--config.optim.learning_rate=fast"], "learning_rate"),
@@ -182,6 +186,38 @@ def test_results_that_cannot_be_written_are_an_input_error(call, trained, tmp_pa
     code, _, err = call(SAMPLE, f"--workdir={trained}", f"--out={tmp_path / 'file'}")
     assert code == 2
     assert err.startswith(f"error: cannot write to {tmp_path / 'file'}")
+
+
+@pytest.mark.parametrize("script", [EVALUATE, SAMPLE])
+def test_results_that_could_not_be_written_are_not_computed(refusal, trained, tmp_path, monkeypatch, script):
+    def wasted(*_):
+        raise AssertionError("computed for nothing")
+
+    monkeypatch.setattr(cli.trainer, "evaluate", wasted)
+    monkeypatch.setattr(toy_family, "load", wasted)
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below"):
+        assert refusal(script, f"--workdir={trained}", f"--out={out}") == (
+            f"cannot write to {out}: Not a directory; use another --out=FOLDER"
+        )
+
+
+def test_evaluation_writes_where_it_is_told(call, trained, tmp_path):
+    before = sorted(trained.rglob("*"))
+    code, out, _ = call(EVALUATE, f"--workdir={trained}", f"--out={tmp_path / 'there'}", "--split=train")
+    assert code == 0 and out.endswith(f"written to {tmp_path / 'there/evaluation.json'}\n")
+    assert json.loads((tmp_path / "there/evaluation.json").read_text())["model"]["images"] == 1437
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_evaluation_takes_other_places_of_the_data(call, trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli.trainer, "evaluate", lambda run, split: seen.append(run.config.data) or {"split": split})
+    monkeypatch.setattr(cli, "_writing_to", lambda folder: contextlib.nullcontext())
+    monkeypatch.setattr(cli.run_lib, "write_json", lambda *_: None)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert call(EVALUATE, f"--workdir={trained}", "--config.data.data_dir=~/tfds", "--config.data.cache_dir=/c")[0] == 0
+    assert (seen[0].data_dir, seen[0].cache_dir) == ("/home/me/tfds", "/c")
 
 
 def test_the_traceback_is_there_for_those_who_ask(call, tmp_path):

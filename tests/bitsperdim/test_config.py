@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -101,6 +102,17 @@ def test_a_missing_key_is_named_in_full(key):
 )
 def test_a_value_of_another_type_is_named_down_to_the_element_of_a_tuple(key, value, message):
     assert refusal(replaced(key, value)) == message
+
+
+@pytest.mark.parametrize("key", ["optim.learning_rate", "model.range"])
+def test_what_is_not_a_number_is_refused_where_one_is_asked(key):
+    nan = math.nan if key == "optim.learning_rate" else (0.0, math.nan)
+    where = key if key == "optim.learning_rate" else f"{key}[1]"
+    assert refusal(replaced(key, nan)) == f"config value {where} must be a number, not nan"
+
+
+def test_an_infinite_value_is_left_to_its_section():
+    assert config_lib.unpack(replaced("optim.learning_rate", math.inf), Config).optim.learning_rate == math.inf
 
 
 def test_an_integer_is_a_number_where_a_float_is_asked():

@@ -59,6 +59,15 @@ def test_standard_errors_and_counters_have_no_panel():
     np.testing.assert_array_equal(plain, hidden)
 
 
+def test_a_figure_that_was_always_zero_and_lines_of_no_kind_have_no_panel():
+    plain = plots.curves(records(mse=1.0))
+    zero = records(mse=1.0, skipped_steps=0.0)
+    np.testing.assert_array_equal(plain, plots.curves(zero))
+    zero[2]["skipped_steps"] = 1.0
+    assert ink(plots.curves(zero), 1)
+    np.testing.assert_array_equal(plain, plots.curves([*records(mse=1.0), {"step": 7}, {"step": 9, "mse": 4.0}]))
+
+
 def test_values_that_were_not_finite_leave_a_gap():
     gap = records(mse=1.0)
     gap[3]["mse"] = None

@@ -117,6 +117,15 @@ def test_speed_counts_neither_the_first_step_nor_pauses():
     assert throughput.read(13).images_per_second == 16.0
 
 
+def test_a_window_too_short_to_tell_goes_on():
+    now = iter([100.0, 100.01, 100.02, 100.5, 102.5]).__next__
+    throughput = Throughput(images_per_step=8, clock=now)
+    throughput.restart(1)
+    assert all(math.isnan(throughput.read(step).images_per_second) for step in (2, 3))
+    assert throughput.read(6) == Rate(images_per_second=80.0, seconds_per_step=0.1)
+    assert throughput.read(8).images_per_second == 8.0
+
+
 def test_speed_is_unknown_before_the_first_window():
     assert math.isnan(Throughput(8).read(10).images_per_second)
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import toy_family
 
-from bitsperdim import cli, manifest, metrics
+from bitsperdim import cli, manifest, metrics, trainer
 
 TOY = pathlib.Path(toy_family.__file__).with_name("toy.py")
 
@@ -36,6 +36,11 @@ def train(monkeypatch, capfd, tmp_path):
         ("data.bits", 9, "must lie in 1..8, not 9"),
         ("data.image_size", -1, "must be 0 (as stored) or an edge in pixels, not -1"),
         ("data.source", "cifar10", "must be one of photos, digits, synthetic, tfds, folder, not 'cifar10'"),
+        ("mesh.rules", "(('(', ('fsdp',)),)", "must begin with regular expressions, not '('"),
+        ("top.train.clip_norm", "nan", "must be a number, not nan"),
+        ("top.train.profile", "(10,15)", "must begin within the 6 steps of the stage, not (10, 15)"),
+        ("autoencoder.model.commitment", "-1", "must be finite and at least 0, not -1.0"),
+        ("autoencoder.model.codebook_epsilon", "0", "must be finite and positive, not 0.0"),
         ("mesh.fsdp", 0, "must be a number of devices or -1 (all that remain), not 0"),
         ("autoencoder.model.hidden", 0, "must be at least 1, not 0"),
         ("autoencoder.model.num_codes", 1, "must lie in 2..65536, not 1"),
@@ -89,6 +94,10 @@ def full_disk(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def read_only(*_):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), "run/.model.lock")
+
+
 NO_SPACE = "No space left on device"
 
 
@@ -123,3 +132,14 @@ def test_no_space_for_figures_or_pictures_ends_the_run_in_one_line(train, monkey
     last = said.splitlines()[-1]
     assert last.startswith("error: ") and NO_SPACE in last and "make room" in last
     assert "Traceback" not in said
+
+
+def test_a_run_that_cannot_be_written_to_ends_in_one_line(train, monkeypatch):
+    assert train("--config.train.steps=4")[0] == 0
+    monkeypatch.setattr(trainer, "_alone", read_only)
+    code, said = train("--config.train.steps=8")
+    assert code == 2 and "Traceback" not in said
+    assert said.splitlines()[-1] == (
+        "error: Read-only file system for run/.model.lock; "
+        "give yourself access to it, or use another folder (--workdir, --out)"
+    )

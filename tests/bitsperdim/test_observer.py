@@ -57,7 +57,6 @@ def tape(monkeypatch):
         ((1, 1), 1, ["start", 1, "stop", 2, 3, 4, 5, 6, 7, 8]),
         ((8, 8), 1, [1, 2, 3, 4, 5, 6, 7, "start", 8, "stop"]),
         ((7, 20), 1, [1, 2, 3, 4, 5, 6, "start", 7, 8, "stop"]),
-        ((9, 20), 1, [1, 2, 3, 4, 5, 6, 7, 8]),
         # The programs that hold these steps.
         ((6, 6), 4, [4, "start", 8, "stop"]),
         ((2, 3), 4, ["start", 4, "stop", 8]),
@@ -74,9 +73,9 @@ def test_a_trace_is_written_and_has_the_step_in_it(train):
     assert b"PjitFunction(steps)" in path.read_bytes()
 
 
-@pytest.mark.parametrize("profile", [(3,), (5, 3), (0, 3), (1, 2, 3)])
+@pytest.mark.parametrize("profile", [(3,), (5, 3), (0, 3), (1, 2, 3), (9, 20)])
 def test_steps_that_are_no_range_are_refused(train, tmp_path, profile):
-    with pytest.raises(InputError, match=rf"train\.profile must be .*, not {re.escape(str(profile))}"):
+    with pytest.raises(InputError, match=rf"train\.profile must .*, not {re.escape(str(profile))}"):
         train(profile=profile)
     assert list(tmp_path.iterdir()) == []
 
@@ -108,7 +107,8 @@ def test_tensorboard_holds_every_logged_value(train):
 
 def test_the_curves_of_a_run_have_a_panel_for_every_logged_figure(train):
     folder = train()
-    names = {name for record in metrics.read(folder / metrics.FILE) for name in record}
+    records = metrics.read(folder / metrics.FILE)
+    names = {name for record in records for name in record if any(other.get(name) for other in records)}
     names -= {"step", "kind", "steps", "images", "non_finite_in_a_row"}
     shown = [name for name in names if not name.endswith("_standard_error")]
     with Image.open(folder / "images" / "curves.png") as picture:

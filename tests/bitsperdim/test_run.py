@@ -51,8 +51,8 @@ def test_another_config_is_refused_with_every_difference_and_nothing_else(start,
     [
         ("mesh.fsdp", 8),
         ("mesh.data", 8),
-        ("data.data_dir", "elsewhere"),
-        ("data.cache_dir", "elsewhere"),
+        ("data.data_dir", "/elsewhere"),
+        ("data.cache_dir", "/elsewhere"),
         ("train.log_every", 5),
         ("train.evaluate_every", 5),
         ("train.pictures_every", 5),
@@ -94,7 +94,12 @@ def test_what_changes_the_model_may_not(start, toy_config, key, value):
 
 def test_more_steps_are_refused_where_the_schedule_ends_with_the_run(start, toy_config):
     folder = start(COSINE)
-    assert "train.steps   12 -> 20" in refusal(folder, toy_config({**COSINE, "train.steps": 20}))
+    message = refusal(folder, toy_config({**COSINE, "train.steps": 20}))
+    assert "         train.steps   12 -> 20\nthe cosine schedule of optim ends with train.steps, so " in message
+    assert "set optim.cosine_steps or another optim.schedule from the beginning" in message
+    assert message.endswith(f"--init_from={folder}")
+    # Fewer steps are another matter.
+    assert "cosine" not in refusal(folder, toy_config({**COSINE, "train.steps": 8}))
 
 
 def test_more_steps_are_welcome_where_the_cosine_has_its_own_length(start, toy_config):
@@ -130,6 +135,29 @@ def test_a_damaged_config_is_named(start, toy_config, content):
     assert refusal(folder, toy_config()).startswith(f"{folder / 'config.json'} is damaged (")
     with pytest.raises(InputError, match=r"config\.json is damaged"):
         run_lib.open_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("seed", "one", "'seed' must be of type int, not str ('one')"),
+        ("train", {}, "the config lacks the key 'train.batch_size'"),
+    ],
+)
+def test_a_config_with_a_wrong_value_is_named(start, key, value, message):
+    path = start() / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(InputError) as caught:
+        run_lib.open_run(path.parent)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+def test_the_home_of_people_is_where_they_mean_it(toy_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run_lib.create(run_lib.check("~/run", toy_config()))
+    assert (tmp_path / "run" / "config.json").exists()
+    assert run_lib.open_run("~/run").workdir == run_lib.place(tmp_path / "run")
+    assert str(run_lib.place("gs://bucket/~/run")) == "gs://bucket/~/run"
 
 
 def test_checking_writes_nothing(toy_config, tmp_path):

@@ -134,9 +134,20 @@ def test_a_run_that_stays_non_finite_ends_and_keeps_its_last_finite_state(toy_co
 
 
 def test_a_shorter_spell_of_non_finite_steps_is_passed_over(toy_config, tmp_path, saved_state):
-    changes = {"model.nan_from": 9, "train.max_non_finite": 4}
-    trainer.train(toy_config(changes), str(tmp_path / "run"))
+    config = toy_config({"model.nan_from": 6, "train.max_non_finite": 4})
+    with config.unlocked():
+        config.model.nan_until = 9
+    trainer.train(config, str(tmp_path / "run"))
     assert saved_state(tmp_path / "run")["skips"]["total"] == 3
+
+
+@pytest.mark.parametrize("nan_from", [0, 11])
+def test_a_run_that_ends_non_finite_is_not_complete(toy_config, tmp_path, nan_from):
+    message = rf"not finite for {12 - nan_from} steps in a row, up to step 12; "
+    with pytest.raises(NonFiniteError, match=message):
+        trainer.train(toy_config({"model.nan_from": nan_from}), str(tmp_path / "run"))
+    run = run_lib.open_run(tmp_path / "run")
+    assert not trainer.is_complete(run, run.stage("model"))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_ends_as_it_should(
@@ -169,6 +180,10 @@ def test_a_damaged_checkpoint_is_named_and_the_run_ends_as_it_should(
         ({"mesh.data": 3}, "does not use the 8 devices present"),
         ({"optim.schedule": "cosine", "optim.warmup_steps": 12}, "model: the cosine schedule starts at update 12"),
         ({"optim.name": "sgd"}, "config value optim.name must be one of"),
+        (
+            {"optim.name": "adamw", "optim.weight_decay": 0.1, "optim.decay_mask": "zzz"},
+            "model: optim.decay_mask 'zzz' matches no parameter; correct it",
+        ),
         ({"data.bits": 5}, "digits train has 17 levels and bits reduces from 256 only"),
     ],
 )

@@ -47,6 +47,10 @@ def contents(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def record(workdir):
+    return json.loads((workdir / "model" / "data.json").read_text())
+
+
 def test_it_begins_with_the_polyak_weights_and_the_extra_state_and_nothing_else_of_the_other(
     other, toy_config, tmp_path, capsys, first_state, saved_state, assert_same_bits
 ):
@@ -74,6 +78,39 @@ def test_the_second_start_goes_on_and_does_not_begin_again(
     trainer.train(toy_config(longer), str(tmp_path / "run"), init_from=str(other))
     assert "going on from step 4" in capsys.readouterr().err
     assert_same_bits(first_state[1], before)
+
+
+def test_a_run_that_has_begun_checks_the_other_and_says_that_it_is_ignored(other, toy_config, tmp_path, capsys):
+    trainer.train(toy_config(SHORT), str(tmp_path / "run"))
+    for steps in (4, 8):  # complete, and to go on
+        config = toy_config({**SHORT, "train.steps": steps})
+        with pytest.raises(InputError, match=r"there is no run folder .*nonexistent"):
+            trainer.train(config, str(tmp_path / "run"), init_from=str(tmp_path / "nonexistent"))
+        trainer.train(config, str(tmp_path / "run"), init_from=str(other))
+        assert f"--init_from={other} is ignored: stage 'model' has begun" in capsys.readouterr().err
+    assert "init_from" not in record(tmp_path / "run")
+
+
+def test_where_the_weights_came_from_is_kept(other, toy_config, tmp_path):
+    trainer.train(toy_config(SHORT), str(tmp_path / "run"), init_from=str(other))
+    expected = {"run": str(other), "step": 12}
+    assert record(tmp_path / "run")["init_from"] == expected
+    trainer.train(toy_config({**SHORT, "train.steps": 8}), str(tmp_path / "run"))
+    assert record(tmp_path / "run")["init_from"] == expected
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_so_again(
+    other, toy_config, tmp_path, monkeypatch, first_state, assert_same_bits
+):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Checkpoints, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(toy_config(SHORT), str(tmp_path / "run"), init_from=str(other))
+    trainer.train(toy_config(SHORT), str(tmp_path / "run"), init_from=str(other))
+    assert_same_bits(*first_state)
 
 
 def test_without_a_run_to_begin_with_the_weights_are_others(other, toy_config, tmp_path, first_state, saved_state):
@@ -108,7 +145,7 @@ def test_weights_of_another_shape_are_refused_by_name(other, toy_config, tmp_pat
     for key, value in changes.items():
         section, name = key.split(".")
         values[section][name] = value
-    remedy = "; begin without --init_from, or with the 'model' of a run whose model and images are like these$"
+    remedy = "; leave out --init_from, or use the config that it was trained with$"
     with pytest.raises(InputError, match=array + remedy):
         trainer.train(values, str(tmp_path / "run"), init_from=str(other))
     assert list(tmp_path.iterdir()) == []

@@ -28,6 +28,7 @@ class ModelConfig:
     hidden: int = 16
     dropout: float = 0.2
     nan_from: int = 2**31 - 1  # the first step with an objective that is not a number
+    nan_until: int = 2**31 - 1  # the first step after it with one that is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,8 @@ def make(config):
         wanted = jax.random.randint(rng.for_purpose(key, "choice"), (NUM_CHOSEN,), 0, config.train.batch_size)
         chosen = (wanted[:, None] == batch["position"]).astype(x.dtype) @ x
         statistics = {"sum": x.sum(0), "chosen": chosen}
-        poison = jnp.where(step >= config.model.nan_from, jnp.nan, 1.0)
+        is_poisoned = (step >= config.model.nan_from) & (step < config.model.nan_until)
+        poison = jnp.where(is_poisoned, jnp.nan, 1.0)
         return poison * values["nats"].mean(), Aux(values, {"black": (x == 0.0).sum()}, statistics)
 
     def measure(params, extra, batch, key):

@@ -168,6 +168,45 @@ def test_codes_of_another_kind_are_refused_with_their_shape(loaded, encoded, wro
         loaded.decode(wrong(dict(encoded)))
 
 
+def test_an_array_in_the_place_of_codes_by_level_is_refused(loaded, encoded):
+    with pytest.raises(InputError, match=r"codes must be a dict of arrays by level, \{'top': .*, not ndarray"):
+        loaded.decode(encoded["top"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n": 0}, "n must be at least 1, not 0"),
+        ({"n": -1}, "n must be at least 1, not -1"),
+        ({"temperature": -1.0}, r"temperature must be finite and at least 0 \(greedy\), not -1.0"),
+        ({"temperature": float("nan")}, "temperature must be finite .*, not nan"),
+        ({"label": 3}, "^label=3, but the priors of .* were trained without classes"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_words_of_the_call(loaded, wrong, message):
+    with pytest.raises(InputError, match=message):
+        loaded.sample(jax.random.key(0), **{"n": 2, **wrong})
+
+
+def test_any_number_is_coded_a_few_at_a_time(run, loaded, images, encoded, monkeypatch):
+    whole = loaded.decode(encoded)
+    monkeypatch.setattr(autoencoder_stage, "CHUNK", 16)  # 40 are two chunks and a half
+    seen = []
+    convolve = autoencoder_stage.Autoencoder.apply
+
+    def watched(self, variables, x, *arguments, **named):
+        seen.append(len(jax.tree.leaves(x)[0]))
+        return convolve(self, variables, x, *arguments, **named)
+
+    monkeypatch.setattr(autoencoder_stage.Autoencoder, "apply", watched)
+    again = bitsperdim.load(run.workdir)
+    for level, grid in again.encode(images).items():
+        np.testing.assert_array_equal(grid, encoded[level])
+    np.testing.assert_array_equal(again.decode(encoded), whole)
+    assert seen == [16, 16]  # one program each way
+    assert again.encode(images[:3])["top"].shape == (3, 2, 2)
+
+
 def test_codes_may_come_as_lists(loaded, encoded):
     lists = {level: grid[:2].tolist() for level, grid in encoded.items()}
     np.testing.assert_array_equal(loaded.decode(lists), loaded.decode(encoded)[:2])
@@ -188,6 +227,34 @@ def test_without_priors_it_encodes_and_names_what_sampling_lacks(run, tmp_path, 
         np.testing.assert_array_equal(grid, encoded[level])
     with pytest.raises(InputError, match=rf"stage '{missing[0]}' of .*run has no checkpoint yet; train it first"):
         part.sample(jax.random.key(0), 2)
+
+
+def test_weights_of_a_later_stage_that_do_not_fit_are_refused_before_the_first_is_trained(run, tmp_path, monkeypatch):
+    monkeypatch.undo()  # a new run sees its data
+    config = cli.load_config("vqvae2_photos:tiny")
+    config.data.image_size = 16
+    config.bottom.model.hidden *= 2
+    with pytest.raises(InputError, match=r"run/bottom/checkpoints/00000006, but should be .*; leave out --init_from"):
+        trainer.train(config, str(tmp_path / "other"), init_from=str(run.workdir))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_codes_it_samples_and_measures_what_needs_none(run, tmp_path, loaded, monkeypatch, capsys):
+    shutil.copytree(run.workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "codes")
+    part = bitsperdim.load(tmp_path / "run")
+    np.testing.assert_array_equal(part.sample(jax.random.key(5), 2), loaded.sample(jax.random.key(5), 2))
+    opened = run_lib.open_run(tmp_path / "run")
+    with pytest.raises(InputError, match=r"run/codes is missing; train\.py makes it again"):
+        codes.open_codes(opened, "train")
+    # The data set is lost here, so the figures are not measured but asked for.
+    monkeypatch.setattr(trainer.evaluation, "evaluate", lambda *_: {"mse": 1.0, "mse_over_variance": 1.0})
+    monkeypatch.setattr(data, "open_source", lambda *_: data.sources.photos(16, "evaluation"))
+    for split, reason in (("evaluation", "run/codes is missing"), ("test", "'codes' has the splits train and eval")):
+        assert list(trainer.evaluate(opened, split)) == ["split", "autoencoder", "mse", "mse_over_variance"]
+        said = capsys.readouterr().err
+        for stage in ("top", "bottom"):
+            assert any(line.startswith(f"{stage}: not measured, for ") and reason in line for line in said.splitlines())
 
 
 def test_without_an_autoencoder_it_names_that(run, tmp_path, images):
@@ -213,7 +280,9 @@ def test_what_was_loaded_tells_its_config_and_its_levels(run, loaded):
         ("autoencoder/data.json", '{"shape": [16, 16', "Expecting"),
         ("autoencoder/data.json", "[]", "it holds no object"),
         ("autoencoder/data.json", '{"shape": [16, 16, 3]}', "it lacks levels, num_classes, variance"),
+        ("autoencoder/data.json", '{"shape": 5, "levels": 256, "num_classes": 0, "variance": 1.0}', "shape is 5"),
         ("codes/info.json", "", "Expecting value"),
+        ("codes/info.json", '{"fingerprint": "", "step": 6, "steps": 6, "files": 3}', "files is 3"),
         ("codes/info.json", '{"autoencoder_step": 6}', "it lacks fingerprint"),
     ],
 )

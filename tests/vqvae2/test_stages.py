@@ -282,7 +282,7 @@ def test_a_sample_depends_on_its_seed_and_not_on_the_number_drawn(run, mesh):
 
 
 def test_a_label_is_refused_where_the_priors_know_no_classes(run, mesh):
-    with pytest.raises(InputError, match=r"--label=3, but the priors of .* were trained without classes"):
+    with pytest.raises(InputError, match=r"label=3, but the priors of .* were trained without classes"):
         chain.load(run, mesh).sample(jax.random.key(0), 2, label=3)
 
 
@@ -295,6 +295,14 @@ def test_a_label_is_refused_where_the_priors_know_no_classes(run, mesh):
         ({"top.model.activation": "relu"}, r"top\.model\.activation must be 'elu' or 'concat_elu', not 'relu'"),
         ({"bottom.model.conditioning.norm": "layer"}, r"bottom\.model\.conditioning\.norm must be 'batch'"),
         ({"bottom.optim.warmup_steps": 6}, "bottom: the cosine schedule starts at update 6"),
+        (
+            {"bottom.optim.name": "adamw", "bottom.optim.weight_decay": 0.1, "bottom.optim.decay_mask": "zzz"},
+            "bottom: optim.decay_mask 'zzz' matches no parameter",
+        ),
+        (
+            {"top.model.class_conditional": True},
+            r"top\.model\.class_conditional=True, but the images have no labels; set it to False, or use images with",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named_before_anything_is_written(tmp_path, changes, message):

@@ -1,0 +1,100 @@
+"""PixelCNN under the sampling engine: the recorded samples and calls, windows, and modules at one pixel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arm_forecast import engine, forecasters, modules, networks
+from arm_forecast.config import ModulesConfig
+from arm_forecast.forecasters import Call
+from tests.arm_forecast import toys
+
+
+@pytest.fixture(scope="module")
+def case(categorical, to_nhwc):
+    """The categorical network with its forecasting head, and a source of its recorded noise."""
+    arrays = categorical.arrays
+    head = {"h": arrays["p/fc.c1.w"].transpose(2, 3, 1, 0)[None], "bias": arrays["p/fc.c1.b"][None]}
+    head |= {"out": arrays["p/fc.c2.w"][:, :, 0, 0].T[None], "out_bias": arrays["p/fc.c2.b"][None]}
+    params = {"arm": categorical.params, "modules": head}
+    params = networks.prepared(jax.tree.map(jnp.asarray, params), categorical.config, categorical.grid)
+    eps = jnp.asarray(arrays["eps"].transpose(0, 3, 4, 1, 2).reshape(2, 192, 4))
+
+    def noise(key):
+        return lambda ids, dims, call=None: eps[ids[:, None], jnp.broadcast_to(dims, (len(ids), dims.shape[-1]))]
+
+    return categorical, params, noise
+
+
+def head_logits(grid):
+    """The forecast logits of every dimension, from the h of whole images."""
+
+    def logits(params, call):
+        found = modules.whole(params["modules"], grid, call.hidden.rows[:, 1:], {})
+        return found.reshape(len(found), -1, grid.values)
+
+    return logits
+
+
+@pytest.mark.parametrize("mode", ["zeros", "last", "fpi", "fc3"])
+def test_the_recorded_samples_calls_and_accepted_dimensions(case, to_nhwc, mode):
+    network, params, noise = case
+    forecaster = {
+        "zeros": forecasters.zeros,
+        "last": forecasters.last,
+        "fpi": forecasters.fixed_point,
+        "fc3": lambda: toys.next_dims(head_logits(network.grid), 3, with_noise=True),
+    }[mode]()
+    draw = engine.sampler(networks.whole(network.config, network.grid), forecaster, 2, 2, noise=noise)
+    samples = draw(params, jax.random.key(0))
+    np.testing.assert_array_equal(samples.x, to_nhwc(network.arrays["x_ancestral"]).reshape(2, -1))
+    np.testing.assert_array_equal(samples.calls, network.arrays[f"calls_{mode}"])
+    for found, recorded, calls in zip(
+        engine.trace(samples.call_of), network.arrays[f"accepted_{mode}"], samples.calls, strict=True
+    ):
+        # The file repeats 192 behind a sample's last call, where a trace has -1.
+        np.testing.assert_array_equal(found[:calls], recorded[:calls])
+    np.testing.assert_allclose(samples.margin, network.arrays["argmax_margin"], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["fixed_point", "modules"])
+def test_windows_draw_what_whole_images_draw(case, to_nhwc, kind):
+    network, params, noise = case
+    predict = networks.predictor(ModulesConfig(modules=1, filters=12), network.grid)
+    forecaster = forecasters.fixed_point() if kind == "fixed_point" else forecasters.modules(predict, 1, (8, 8, 3))
+    windowed = networks.windowed(network.config, network.grid, 4)
+    samples = engine.sampler(windowed, forecaster, 2, 2, noise=noise)(params, jax.random.key(0))
+    np.testing.assert_array_equal(samples.x, to_nhwc(network.arrays["x_ancestral"]).reshape(2, -1))
+
+
+@pytest.mark.parametrize("inputs", [(), ("x", "noise")])
+def test_the_modules_see_at_one_pixel_what_they_see_in_whole_images(case, inputs):
+    """With all dimensions before the pixel known, and the row above it in the window or cached."""
+    network, _, _ = case
+    grid, config = network.grid, ModulesConfig(modules=2, filters=12, inputs=inputs)
+    learned = modules.init(jax.random.key(1), config, 12, grid)
+    x = jnp.asarray(network.x, jnp.int32)
+    noise = jax.random.normal(jax.random.key(2), (2, 8, 8, 3, 4))
+    h = jax.random.normal(jax.random.key(3), (2, 8, 8, 12))
+    expected = modules.whole(learned, grid, h, modules.module_inputs(config, x, noise, 4))
+    pixel = jnp.array([8 * 4 + 0, 8 * 6 + 7])
+    # The window of four rows from row 4, with the row above it.
+    hidden = networks.Hidden(h[:, 3:], jnp.array([3, 3]))
+    flat = noise.reshape(2, 192, 4)
+    call = Call(
+        ids=jnp.arange(2),
+        inputs=x.reshape(2, -1),
+        outputs=x.reshape(2, -1),
+        accepted=jnp.zeros((2, 192), bool),
+        frontier=pixel * 3,
+        start=jnp.array([96, 96]),
+        logits=jnp.zeros((2, 96, 4)),
+        hidden=hidden,
+        noise=lambda dims: jnp.take_along_axis(flat, dims[..., None], 1),
+        draw=None,
+    )
+    found = networks.predictor(config, grid)({"modules": learned}, call, pixel)
+    # At a pixel whose own channels are all unknown only its first channel is forecast from the same inputs.
+    for lane, (row, column) in enumerate([(4, 0), (6, 7)]):
+        np.testing.assert_allclose(found[lane, :, 0], expected[lane, row, column, :, 0], atol=1e-5)
