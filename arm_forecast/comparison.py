@@ -126,7 +126,9 @@ def _deviation(values: list[float]) -> float | None:
 
 
 def _mistakes(arm: Arm, key: Key[Array, ""]) -> dict[str, Any]:
-    """16 samples by fixed-point iteration and, where there are modules, by them, with the same noise."""
-    rows = next(iter(samplers.windows(arm.grid)), 0)
+    """16 samples by fixed-point iteration and, where there are modules, by them, with the same noise.
+
+    On whole images: the last dimension of a window would count as a mistake.
+    """
     names = ["fixed_point", *(["modules"] if arm.modules is not None else [])]
-    return {name: samplers.draw(arm, Sampler(name, rows), key, 16, 16) for name in names}
+    return {name: samplers.draw(arm, Sampler(name), key, 16, 16) for name in names}

@@ -83,12 +83,14 @@ def in_place(values: Int[Array, "b w"], start: Int[Array, " b"], into: Int[Array
 
 
 class ModulesState(NamedTuple):
-    """What was forecast by either way, and how often each was right where both had a say."""
+    """How far the calls after either forecast have come; index 0: fixed point, 1: modules."""
 
-    learned: Int[Array, "b d"]  # -1 beyond the horizon
-    fixed: Int[Array, "b d"]
-    learned_hits: Int[Array, " b"]
-    fixed_hits: Int[Array, " b"]
+    followed: Int[Array, " b"]  # which made the inputs of the next call; -1 before the first
+    calls: Int[Array, "b 2"]
+    accepted: Int[Array, "b 2"]  # dimensions
+
+
+TRIAL = 2  # calls that either way is given before their records are compared
 
 
 # predict(params, call, pixel) -> logits of the T modules at each lane's anchor `pixel` (raster position in the image)
@@ -105,17 +107,18 @@ def modules(
     argmax_k(logits_k + eps_k) with the noise of the dimension it forecasts. The anchor lies in the evaluated window:
     after a call that accepted the whole window there is none, and the forecast is that of the fixed point.
 
-    With `fallback` every sample counts, over the dimensions it has accepted within the horizon, how often the modules
-    were right and how often y would have been (both are known after each call), and follows the better record;
-    the fixed point when equal, and at first. So modules that are worse than fixed-point iteration cost little.
+    With `fallback` every sample keeps the mean number of dimensions that a call accepts after either forecast, and
+    follows the modules where theirs is the better one, after a trial of both and never for more than every second
+    call. Whose single values are right more often would not tell: a module that is right gains a pixel, one that is
+    wrong breaks a run of right values of the fixed point.
     """
     height, width, channels = grid
     num_dims = height * width * channels
     reach = num_modules if horizon is None else min(horizon, num_modules)
 
     def init(batch: int) -> ModulesState:
-        unknown, zero = jnp.full((batch, num_dims), -1, jnp.int32), jnp.zeros(batch, jnp.int32)
-        return ModulesState(unknown, unknown, zero, zero)
+        zeros = jnp.zeros((batch, 2), jnp.int32)
+        return ModulesState(jnp.full(batch, -1, jnp.int32), zeros, zeros)
 
     def learned_forecast(params: PyTree, call: Call) -> Int[Array, "b d"]:
         pixel = jnp.minimum(call.frontier // channels, height * width - 1)
@@ -127,18 +130,25 @@ def modules(
         return in_place(jnp.where(anchored[:, None], values, -1), first, jnp.full_like(call.inputs, -1))
 
     def forecast(params: PyTree, call: Call, state: ModulesState) -> tuple[Int[Array, "b d"], ModulesState]:
-        judged = call.accepted & (state.learned >= 0)
-        hits = lambda forecasts: (judged & (forecasts == call.outputs)).sum(1, dtype=jnp.int32)
-        learned_hits = state.learned_hits + hits(state.learned)
-        fixed_hits = state.fixed_hits + hits(state.fixed)
+        of_this_call = state.followed[:, None] == jnp.arange(2)
+        calls = state.calls + of_this_call
+        accepted = state.accepted + jnp.where(of_this_call, call.accepted.sum(1)[:, None], 0)
         learned = learned_forecast(params, call)
-        used = learned >= 0
-        if fallback:
-            used &= (learned_hits > fixed_hits)[:, None]
-        new = ModulesState(learned, call.outputs, learned_hits, fixed_hits)
-        return jnp.where(used, learned, call.outputs), new
+        follows_modules = _is_better(calls, accepted) if fallback else jnp.ones(len(learned), bool)
+        used = (learned >= 0) & follows_modules[:, None]
+        state = ModulesState(follows_modules.astype(jnp.int32), calls, accepted.astype(jnp.int32))
+        return jnp.where(used, learned, call.outputs), state
 
     return Forecaster(init, forecast)
+
+
+def _is_better(calls: Int[Array, "b 2"], accepted: Int[Array, "b 2"]) -> Bool[Array, " b"]:
+    """Whether the modules' turn has come, or their mean is the better one."""
+    # accepted_1 / calls_1 > accepted_0 / calls_0 without division.
+    ahead = accepted[:, 1] * calls[:, 0] > accepted[:, 0] * calls[:, 1]
+    # A few short runs by chance must not keep the fixed point out for good.
+    tried = calls[:, 0] >= jnp.maximum(calls[:, 1], TRIAL)
+    return tried & ((calls[:, 1] < TRIAL) | ahead)
 
 
 def _stateless(forecast: Callable[[Call], Int[Array, "b d"]]) -> Forecaster:

@@ -83,17 +83,22 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(13, 5), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name in dict.fromkeys(row["sampler"] for row in rows):
+    names = list(dict.fromkeys(row["sampler"] for row in rows))
+    kinds = list(dict.fromkeys(name.partition(":")[0] for name in names))
+    lines = {"": "-", "4": "--", "8": "-.", "16": ":"}  # by the rows of the window
+    for name in names:
+        kind, _, height = name.partition(":")
+        style = {"color": f"C{kinds.index(kind)}", "linestyle": lines[height], "marker": "o", "markersize": 3}
         own = [row for row in rows if row["sampler"] == name]
         batches = [row["batch"] for row in own]
-        left.plot(batches, [row["calls_percent"] for row in own], marker="o", markersize=3, label=name)
-        right.plot(batches, [row["seconds_per_image"] for row in own], marker="o", markersize=3, label=name)
+        left.plot(batches, [row["calls_percent"] for row in own], label=name, **style)
+        right.plot(batches, [row["seconds_per_image"] for row in own], label=name, **style)
     for panel, title in ((left, "network calls in % of the dimensions"), (right, "seconds an image")):
         panel.set(xscale="log", yscale="log", xlabel="batch", title=title)
         panel.grid(alpha=0.3)
-    right.legend(fontsize=7)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return plots.render(FigureCanvasAgg(figure))
 
 

@@ -117,15 +117,15 @@ def test_right_modules_save_calls(calls):
     # The first call knows nothing; then at least two pixels and what is left of the anchor are right.
     assert calls("right, kept").max() <= 1 + -(-(NUM_DIMS - 1) // 7)
     assert calls("right, kept").mean() < 0.8 * calls("fixed point").mean()
-    # With a choice they are used once the fixed point has been wrong where they were right.
-    assert calls("right").mean() < 0.9 * calls("fixed point").mean()
+    # With a choice the fixed point is tried first.
+    assert calls("right").mean() < 0.95 * calls("fixed point").mean()
 
 
 def test_wrong_modules_are_hardly_ever_followed(calls):
     # Zeros, before the first call, may be right a few times.
     assert calls("wrong, kept").min() >= NUM_DIMS - 3
     more = calls("wrong") - calls("fixed point")
-    assert more.max() <= 2 and more.mean() < 0.5
+    assert more.max() <= 4 and more.mean() < 2.5
 
 
 def test_modules_that_turn_bad_are_given_up_once_their_lead_is_used_up(calls):
