@@ -80,8 +80,8 @@ def test_l2_is_a_gradient_of_every_parameter_that_enters_the_moments():
     params = {"kernel": jnp.full(2, 3.0), "bias": jnp.full(2, -0.5)}
     zero = jax.tree.map(jnp.zeros_like, params)
     [after] = trajectory(OptimConfig(name="adam", learning_rate=0.1, l2=1e-2, eps=1e-12), params, [zero])
-    np.testing.assert_allclose(after["kernel"], 2.9, rtol=1e-6)
-    np.testing.assert_allclose(after["bias"], -0.4, rtol=1e-6)
+    np.testing.assert_allclose(after["kernel"], 2.9, rtol=1e-5)
+    np.testing.assert_allclose(after["bias"], -0.4, rtol=1e-5)
 
 
 def test_adamw_decays_kernels_alone():

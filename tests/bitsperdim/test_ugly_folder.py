@@ -1,6 +1,7 @@
 """Three hundred pictures as people have them: each is trained on with its pixels, or refused for its own reason."""
 
 import io
+import json
 import pathlib
 import struct
 import zlib
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitsperdim import data
+from bitsperdim import cli, data, trainer
 from bitsperdim.errors import InputError
 
 COPIES = 12  # of each kind, with other pixels
@@ -210,6 +211,21 @@ def test_every_picture_is_taken_with_its_pixels_or_named_with_its_reason(cases, 
         top, left = (truth.shape[0] - SIZE) // 2, (truth.shape[1] - SIZE) // 2
         difference = np.abs(image - truth[top : top + SIZE, left : left + SIZE].astype(float)).max()
         assert difference <= found[name].tolerance, name
+
+
+def test_a_run_trains_on_them_or_writes_nothing(cases, other, tmp_path):
+    root, found = cases
+    config = cli.load_config("vqvae2_photos:tiny")
+    folder = {"source": "folder", "path": str(root), "evaluation_path": str(other), "image_size": SIZE}
+    config.data = folder | {"resize": "none", "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(InputError, match=r"files of .* cannot be read; remove them or set data\.skip_unreadable=true"):
+        trainer.train(config, str(tmp_path / "run"), "autoencoder")
+    assert not (tmp_path / "run").exists()
+    config.data.update({"skip_unreadable": True, "upscale": True, "reduce_16_bit": True})
+    run = trainer.train(config, str(tmp_path / "run"), "autoencoder")
+    sources = json.loads((run.folder("autoencoder") / "sources.json").read_text())
+    assert sources["train"]["size"] == sum(case.pixels is not None for case in found.values())
+    assert trainer.evaluate(run, "train")["mse"] > 0
 
 
 def test_one_broken_file_is_one_line(other, tmp_path):
