@@ -1,4 +1,4 @@
-"""PixelCNN with forecasting modules on the 8x8 digits that ship inside scikit-learn: a whole run in about a minute.
+"""PixelCNN with forecasting modules on the 8x8 digits that ship inside scikit-learn: a whole run in a minute or two.
 
     python train.py --config=configs/arm_digits.py
     python sample.py --workdir=runs/arm_digits-base --compare_samplers
@@ -18,10 +18,10 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"no variant '{variant}'; there is tiny")
     config = cli.load_config("arm_cifar10:cpu")
     config.data = ConfigDict({"source": "digits"})
-    config.arm.model = ConfigDict({"resnets": 1, "filters": 48, "dropout": 0.2})
-    config.arm.forecast.modules = 4
-    every = {"log_every": 100, "evaluate_every": 500, "pictures_every": 500, "save_every": 250}
-    config.arm.train = ConfigDict({"batch_size": 64, "steps": 1000, "ema_decay": 0.99, **every})
+    config.arm.model = ConfigDict({"resnets": 1, "filters": 24, "dropout": 0.2})
+    config.arm.forecast.modules, config.arm.forecast.filters = 2, 24
+    every = {"log_every": 100, "evaluate_every": 500, "pictures_every": 250, "save_every": 250}
+    config.arm.train = ConfigDict({"batch_size": 32, "steps": 500, "ema_decay": 0.99, **every})
     if variant == "tiny":
         config.arm.model.filters = config.arm.forecast.filters = 6
         config.arm.train.batch_size, config.arm.train.steps, config.arm.optim.warmup_steps = 16, 6, 2
