@@ -7,20 +7,18 @@ Source: Wiggers & Hoogeboom 2020, supplement A.3. The autoencoder is frozen: an 
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from arm_forecast import autoencoder_stage, facts
-from bitsperdim import data, extracted, sharding, trainer
+from bitsperdim import extracted, trainer
 from bitsperdim.model import Stage
 from bitsperdim.run import Run
 from bitsperdim.sources import Source
 
 CODES = extracted.Extraction("codes", of="autoencoder", then=("arm",))
-SPLITS = ("train", "evaluation")
 
 
 def stage() -> Stage:
@@ -32,20 +30,9 @@ def _extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
     """Encodes both splits. An extraction that was interrupted begins anew."""
     _, state = trainer.restore(run, "autoencoder", mesh)
     encoder = autoencoder_stage.encoder(run)
-    encode = jax.jit(
-        lambda params, extra, image: encoder(params, extra, image).astype(jnp.uint8),
-        out_shardings=sharding.replicated(mesh),
-    )
-    batch_size = sharding.whole_batch(run.config.autoencoder.codes_batch_size, mesh)
-    for split in SPLITS:
-        source = data.open_source(run.config.data, split)
-        trainer.check_sources(run, run.stage("autoencoder"), {split: source})
-        progress = trainer.progress(f"codes of {source.name}", source.size)
-        with extracted.Writer(run.folder("codes") / split, source.size) as written:
-            for batch in data.evaluation_batches(source, batch_size, sharding.over_batch(mesh)):
-                check_signals()
-                progress(written.add({"codes": np.asarray(encode(state["ema"], state["extra"], batch["image"]))}))
-    extracted.commit(run, CODES, state, SPLITS)
+    encode = lambda params, extra, batch: {"codes": encoder(params, extra, batch["image"]).astype(jnp.uint8)}
+    batch_size = run.config.autoencoder.codes_batch_size
+    extracted.encode_images(run, CODES, state, encode, batch_size, mesh, check_signals)
 
 
 def open_codes(run: Run, split: str) -> Source:

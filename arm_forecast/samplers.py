@@ -3,6 +3,7 @@
 Not here: the loops themselves (`engine.py`, `ancestral.py`), and how samplers compare (`comparison.py`).
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -92,6 +93,7 @@ class Arm(NamedTuple):
     grid: Grid
 
 
+@functools.lru_cache(maxsize=32)  # a notebook draws again and again
 def compiled(
     config: NetworkConfig,
     modules: ModulesConfig | None,

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
@@ -21,13 +21,15 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
-from bitsperdim import atomic, cache, manifest, sharding, trainer
+from bitsperdim import atomic, cache, data, manifest, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
+from bitsperdim.model import Batch
 from bitsperdim.run import Run
 
+SPLITS = ("train", "evaluation")
 INFO = {"fingerprint": str, "step": int, "steps": int, "files": dict}
 
 
@@ -37,6 +39,29 @@ class Extraction(NamedTuple):
     name: str
     of: str
     then: tuple[str, ...]
+
+
+def encode_images(
+    run: Run,
+    extraction: Extraction,
+    state: PyTree,
+    encode: Callable[[PyTree, PyTree, Batch], dict[str, Array]],
+    batch_size: int,
+    mesh: Mesh,
+    check_signals: Callable[[], None],
+) -> None:
+    """`encode(ema, extra, batch)` of every image of both splits; an extraction that was interrupted begins anew."""
+    encode = jax.jit(encode, out_shardings=sharding.replicated(mesh))
+    batch_size = sharding.whole_batch(batch_size, mesh)
+    for split in SPLITS:
+        source = data.open_source(run.config.data, split)
+        trainer.check_sources(run, run.stage(extraction.of), {split: source})
+        progress = trainer.progress(f"{extraction.name} of {source.name}", source.size)
+        with Writer(run.folder(extraction.name) / split, source.size) as written:
+            for batch in data.evaluation_batches(source, batch_size, sharding.over_batch(mesh)):
+                check_signals()
+                progress(written.add(jax.device_get(encode(state["ema"], state["extra"], batch))))
+    commit(run, extraction, state, SPLITS)
 
 
 def commit(run: Run, extraction: Extraction, state: PyTree, splits: tuple[str, ...]) -> None:

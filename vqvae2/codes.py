@@ -14,14 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from bitsperdim import data, extracted, sharding, trainer
+from bitsperdim import extracted, trainer
 from bitsperdim.data import Source
 from bitsperdim.model import Batch, Stage
 from bitsperdim.run import Run
 from vqvae2 import autoencoder_stage, facts
 
 CODES = extracted.Extraction("codes", of="autoencoder", then=("top", "bottom"))
-SPLITS = ("train", "evaluation")
+SPLITS = extracted.SPLITS
 
 
 def stage() -> Stage:
@@ -41,18 +41,7 @@ def extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
         rows = {level: value.astype(jnp.uint16) for level, value in codes.items()}  # pyright: ignore
         return rows | {name: batch[name] for name in ("label",) if name in batch}
 
-    batch_size = sharding.whole_batch(run.config.codes.batch_size, mesh)
-    encode = jax.jit(encode, out_shardings=sharding.replicated(mesh))
-    for split in SPLITS:
-        source = data.open_source(run.config.data, split)
-        trainer.check_sources(run, run.stage("autoencoder"), {split: source})
-        progress = trainer.progress(f"codes of {source.name}", source.size)
-        with extracted.Writer(run.folder("codes") / split, source.size) as written:
-            for batch in data.evaluation_batches(source, batch_size, sharding.over_batch(mesh)):
-                check_signals()
-                rows = jax.device_get(encode(state["ema"], state["extra"], batch))
-                progress(written.add(rows))
-    extracted.commit(run, CODES, state, SPLITS)
+    extracted.encode_images(run, CODES, state, encode, run.config.codes.batch_size, mesh, check_signals)
 
 
 def is_extracted(run: Run) -> bool:
