@@ -7,6 +7,7 @@ Defaults are those of the paper's supplement (Table 1) where it gives a value. N
 import dataclasses
 
 from arm_forecast.pixelcnn import NetworkConfig
+from bitsperdim.config import at_least, one_of
 from bitsperdim.data import DataConfig
 from bitsperdim.optim import OptimConfig
 from bitsperdim.sharding import MeshConfig
@@ -27,14 +28,11 @@ class ModulesConfig:
     gradient_to_arm: bool = False  # let the divergence train the ARM through h; its distribution is always a constant
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "modules")
-        _at_least(self, 1, "filters")
-        if self.weight < 0:
-            raise ValueError(f"weight must be at least 0, not {self.weight}")
+        at_least(self, 0, "modules", "weight")
+        at_least(self, 1, "filters")
         if len(set(self.inputs)) != len(self.inputs) or not set(self.inputs) <= set(INPUTS):
             raise ValueError(f"inputs must be some of {INPUTS}, not {self.inputs}")
-        if self.posterior not in ("exact", "literal"):
-            raise ValueError(f"posterior must be 'exact' or 'literal', not '{self.posterior}'")
+        one_of(self, posterior=("exact", "literal"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +55,7 @@ class ModulesStageConfig:
     pairs: int = 50_000  # samples drawn for training; a tenth more for evaluation
 
     def __post_init__(self) -> None:
-        _at_least(self, 10, "pairs")
+        at_least(self, 10, "pairs")
         if not self.model.modules:
             raise ValueError("model.modules must be at least 1, not 0")
 
@@ -71,7 +69,7 @@ class AutoencoderConfig:
     categories: int = 128
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "latent_channels")
+        at_least(self, 1, "latent_channels")
         if self.width < 2 or self.width % 2:
             raise ValueError(f"width must be even, not {self.width}")
         if not 2 <= self.categories <= 256:
@@ -88,7 +86,7 @@ class LatentConfig:
     codes_batch_size: int = 128
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "codes_batch_size")
+        at_least(self, 1, "codes_batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +97,7 @@ class SamplingConfig:
     batch_size: int = 32  # images drawn at once on all devices together
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size")
+        at_least(self, 1, "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +116,3 @@ class Config:
     autoencoder: LatentConfig | None = None
     modules: ModulesStageConfig | None = None
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
-
-
-def _at_least(config: object, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be at least {least}, not {getattr(config, name)}")

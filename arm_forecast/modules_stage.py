@@ -65,7 +65,7 @@ def _extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
     state, grid = trainer.restore(run, "arm", mesh)[1], facts.grid(run)
     params = networks.prepared(state["ema"], run.config.arm.model, grid)
     batch = sharding.whole_batch(run.config.sampling.batch_size, mesh)
-    chosen = samplers.choose(run, batch, grid)
+    chosen = samplers.choose(run, batch, grid, has_modules=False)
     chunk = batch * (1 if chosen.name == "cached" else samplers.CHUNK)
     draw = samplers.compiled(
         run.config.arm.model, None, grid, chosen, chunk, batch, mesh=mesh if mesh.size > 1 else None

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Integer, Key, PyTree
 
 from arm_forecast import layers
 from arm_forecast.layers import Layer, Mask, Weights, concat_elu
+from bitsperdim.config import at_least, one_of
 from bitsperdim.errors import InputError
 
 LAST_LEVEL = 2  # resolutions 1, 1/2, 1/4
@@ -39,19 +40,15 @@ class NetworkConfig:
     dtype: str = "float32"  # of the trunk; or 'bfloat16'. Parameters, logits and likelihood stay float32
 
     def __post_init__(self) -> None:
-        for key in ("resnets", "filters", "mixtures"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
+        at_least(self, 1, "resnets", "filters", "mixtures")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
-        choices = {
-            "dropout_kind": ("channel", "element"),
-            "output": ("categorical", "dmol"),
-            "dtype": ("float32", "bfloat16"),
-        }
-        for key, (first, second) in choices.items():
-            if getattr(self, key) not in (first, second):
-                raise ValueError(f"{key} must be '{first}' or '{second}', not '{getattr(self, key)}'")
+        one_of(
+            self,
+            dropout_kind=("channel", "element"),
+            output=("categorical", "dmol"),
+            dtype=("float32", "bfloat16"),
+        )
 
 
 class Grid(NamedTuple):

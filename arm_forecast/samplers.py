@@ -60,12 +60,16 @@ def windows(grid: Grid) -> tuple[int, ...]:
     return tuple(rows for rows in (4, 8, 16) if rows < grid.height)
 
 
-def choose(run: Run, batch: int, grid: Grid) -> Sampler:
-    """The fastest sampler for a batch: as measured on this kind of device in the run, or by the built-in rule."""
+def choose(run: Run, batch: int, grid: Grid, has_modules: bool) -> Sampler:
+    """The fastest sampler for a batch: as measured on this kind of device in the run, or by the built-in rule.
+
+    Modules may have been measured and be missing here: pairs for modules yet to be trained are drawn without any.
+    """
     path = run.workdir / "samplers.json"
     if path.exists():
         found = run_lib.read_json(path, {"device": str, "rows": list})
-        rows = [row for row in found["rows"] if row["exact"] is not False]
+        of = lambda row: row["sampler"].partition(":")[0]
+        rows = [row for row in found["rows"] if row["exact"] is not False and (has_modules or of(row) not in LEARNED)]
         if found["device"] == jax.devices()[0].device_kind and rows:
             distance = lambda row: abs(math.log(row["batch"] / batch))
             nearest = min(map(distance, rows))

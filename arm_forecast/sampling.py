@@ -62,7 +62,7 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         batch = min(n, sharding.whole_batch(batch_size or config.sampling.batch_size, mesh))
         name = sampler or config.sampling.sampler
         chosen = (
-            samplers.choose(run, batch, arm().grid)
+            samplers.choose(run, batch, arm().grid, arm().modules is not None)
             if name == "auto"
             else samplers.parse(name, arm().grid, arm().modules is not None)
         )

@@ -9,7 +9,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from bitsperdim.errors import InputError
@@ -101,3 +101,19 @@ def _checked_tuple(value: Any, kinds: tuple[Any, ...], path: str) -> tuple[Any, 
     elif len(kinds) != len(value):
         raise InputError(f"'{path}' must have {len(kinds)} elements, not {len(value)} ({value!r})")
     return tuple(_checked(item, kind, f"{path}[{i}]") for i, (item, kind) in enumerate(zip(value, kinds, strict=True)))
+
+
+def at_least(section: object, least: float, *keys: str) -> None:
+    """For a section's `__post_init__`: ValueError naming the first of `keys` whose value is below `least`."""
+    for key in keys:
+        if not getattr(section, key) >= least:
+            raise ValueError(f"{key} must be at least {least}, not {getattr(section, key)}")
+
+
+def one_of(section: object, **choices: Iterable[str]) -> None:
+    """For a section's `__post_init__`: ValueError naming the first key whose value is not among its choices."""
+    for key, allowed in choices.items():
+        allowed = tuple(allowed)
+        if getattr(section, key) not in allowed:
+            names = ", ".join(f"'{choice}'" for choice in allowed)
+            raise ValueError(f"{key} must be one of {names}, not '{getattr(section, key)}'")

@@ -13,7 +13,7 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TypeVar
 
 import jax
@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Int, UInt64
 
 from bitsperdim import cache, decode, encoded, sources
+from bitsperdim.config import at_least, one_of
 from bitsperdim.decode import Preparation
 from bitsperdim.encoded import Storage
 from bitsperdim.errors import InputError
@@ -81,7 +82,7 @@ class DataConfig:
     synthetic_classes: int = 0  # 0: no labels
 
     def __post_init__(self) -> None:
-        _check_choice(self, "source", SOURCES)
+        one_of(self, source=SOURCES, binarize=("", "threshold", "dynamic"))
         for key in ("evaluation_fraction", "test_fraction", "cache_limit_gib"):
             if math.isnan(getattr(self, key)):
                 raise ValueError(f"{key} must be a number, not nan")
@@ -97,20 +98,12 @@ class DataConfig:
         _check_preparation(self)
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits must lie in 1..8, not {self.bits}")
-        if self.binarize not in ("", "threshold", "dynamic"):
-            raise ValueError(f"binarize must be '', 'threshold' or 'dynamic', not '{self.binarize}'")
         if self.binarize and self.bits < 8:
             raise ValueError(f"bits must be 8 where binarize is '{self.binarize}', not {self.bits}")
         if not 2 <= self.synthetic_levels <= 256:
             raise ValueError(f"synthetic_levels must lie in 2..256, not {self.synthetic_levels}")
-        for key, least in (("synthetic_size", 1), ("synthetic_channels", 1), ("synthetic_classes", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}")
-
-
-def _check_choice(config: DataConfig, key: str, choices: Collection[str]) -> None:
-    if getattr(config, key) not in choices:
-        raise ValueError(f"{key} must be one of {', '.join(choices)}, not '{getattr(config, key)}'")
+        at_least(self, 1, "synthetic_size", "synthetic_channels")
+        at_least(self, 0, "synthetic_classes")
 
 
 def _check_folder(config: DataConfig) -> None:
@@ -153,14 +146,10 @@ def _check_preparation(config: DataConfig) -> None:
     box = config.crop_box
     if box and (len(box) != 4 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3])):
         raise ValueError(f"crop_box must be (left, top, right, bottom) or (), not {box}")
-    _check_choice(config, "resize", ("cover", "none"))
-    _check_choice(config, "resampling", decode.RESAMPLING)
-    _check_choice(config, "train_crop", ("centre", "random"))
+    one_of(config, resize=("cover", "none"), resampling=decode.RESAMPLING, train_crop=("centre", "random"))
     if config.train_crop == "random" and not (config.image_size or config.image_height):
         raise ValueError("train_crop must be 'centre' where no image_size is given, not 'random'")
-    for key in ("decode_threads", "cache_limit_gib"):
-        if getattr(config, key) < 0:
-            raise ValueError(f"{key} must be at least 0, not {getattr(config, key)}")
+    at_least(config, 0, "decode_threads", "cache_limit_gib")
 
 
 def open_source(config: DataConfig, split: str) -> Source:

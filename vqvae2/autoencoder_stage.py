@@ -58,6 +58,11 @@ def make(config: AutoencoderConfig, facts: Facts, batch_size: int) -> Model:
     batch, so the output and the loss use the codebook before the update.
     """
     net = network(config, facts)
+    if (config.colour.hue or config.colour.saturation) and facts.shape[-1] != 3:
+        raise InputError(
+            f"autoencoder.model.colour changes hue or saturation, but images have {facts.shape[-1]} channel(s); set "
+            "both to 0"
+        )
 
     def init(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
         keys = dict(zip(net.levels, jax.random.split(rng.for_purpose(key, "codebooks"), len(net.levels)), strict=True))
@@ -77,6 +82,9 @@ def make(config: AutoencoderConfig, facts: Facts, batch_size: int) -> Model:
         x = to_input(batch["image"], facts.levels)
         if config.flip:
             x = augment.flip(rng.per_example(rng.for_purpose(key, "flip"), batch["position"]), x)
+        if config.colour != augment.ColourConfig():
+            colours = augment.colour(config.colour, rng.for_purpose(key, "colour"), batch["position"], (x + 1.0) / 2.0)
+            x = 2.0 * colours - 1.0
         parts, z, quantized = forward(params, extra, x)
         statistics = {
             level: quantizer.statistics(

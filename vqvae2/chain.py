@@ -1,4 +1,4 @@
-"""The chain of a whole run: top codes, bottom codes given them, the image that both stand for.
+"""The chain of a whole run: the codes of every level given those above, the image that all of them stand for.
 
 Source: Razavi et al. 2019, algorithm 2. Not here: training the parts (`autoencoder_stage.py`, `prior_stage.py`).
 """
@@ -31,7 +31,7 @@ BATCH = 64  # samples drawn at once
 
 def network(run: Run, name: str) -> Prior:
     """The prior of a level. Raises InputError where classes are asked of data that have none."""
-    config, about = getattr(run.config, name).model, facts.of_run(run)
+    config, about = run.config.prior(name).model, facts.of_run(run)
     if config.class_conditional and not about.num_classes:
         raise InputError(
             f"{name}.model.class_conditional=True, but the images have no labels; set it to False, or use images with "
@@ -44,7 +44,7 @@ def network(run: Run, name: str) -> Prior:
         hidden=config.hidden,
         residual=config.residual,
         layers=config.layers,
-        kernel=config.kernel,
+        kernel=(config.filter + 1) // 2,
         activation=config.activation,
         attention_every=config.attention_every,
         attention_heads=config.attention_heads,
@@ -60,14 +60,14 @@ def network(run: Run, name: str) -> Prior:
     shape = config.conditioning
     stack = ConditioningStack(shape.blocks, shape.widths, shape.bottlenecks, shape.norm, jnp.dtype(config.dtype))
     grid = grids(run)
-    height, width = grid[_above(name)]
+    height, width = grid[_above(run, name)]
     halvings = len(shape.widths) - 1
     if height % 2**halvings or width % 2**halvings:
         raise InputError(
-            f"{name}.model.conditioning.widths={shape.widths} halves the {height}x{width} grid of '{_above(name)}' "
-            f"{halvings} times, which does not divide it; give fewer widths"
+            f"{name}.model.conditioning.widths={shape.widths} halves the {height}x{width} grid of "
+            f"'{_above(run, name)}' {halvings} times, which does not divide it; give fewer widths"
         )
-    octaves = (grid[name][0] // grid[_above(name)][0]).bit_length() - 1
+    octaves = (grid[name][0] // grid[_above(run, name)][0]).bit_length() - 1
     return Prior(pixel_snail, Conditioner(num_codes, config.embedding, stack, octaves, jnp.dtype(config.dtype)))
 
 
@@ -190,7 +190,7 @@ def _sampler(run: Run, mesh: Mesh) -> Callable[..., UInt8[np.ndarray, "n h w c"]
 
 def _labels(run: Run, count: int, label: int | None) -> Array | None:
     """The wanted class for every sample, or all classes in turn; None for priors without classes."""
-    conditional = any(getattr(run.config, name).model.class_conditional for name in grids(run))
+    conditional = any(run.config.prior(name).model.class_conditional for name in grids(run))
     if not conditional:
         if label is not None:
             raise InputError(f"label={label}, but the priors of {run.workdir} were trained without classes")
@@ -201,5 +201,6 @@ def _labels(run: Run, count: int, label: int | None) -> Array | None:
     return jnp.arange(count, dtype=jnp.int32) % num_classes if label is None else jnp.full(count, label, jnp.int32)
 
 
-def _above(name: str) -> str:
-    return {"bottom": "top"}[name]
+def _above(run: Run, name: str) -> str:
+    """The next coarser level."""
+    return run.config.levels[run.config.levels.index(name) - 1]

@@ -1,6 +1,6 @@
 """Stage `codes`: whole splits as codes, made once with the Polyak weights and the final codebooks.
 
-    WORKDIR/codes/SPLIT/{top,bottom}.npy    uint16 [n, h, w], in the order of the split
+    WORKDIR/codes/SPLIT/LEVEL.npy           uint16 [n, h, w], in the order of the split
     WORKDIR/codes/SPLIT/label.npy           int32 [n], where the images have labels
 
 Source: Razavi et al. 2019, algorithm 2. Not here: how they are kept, and checked at every use (`extracted.py`).
@@ -20,8 +20,11 @@ from bitsperdim.model import Batch, Stage
 from bitsperdim.run import Run
 from vqvae2 import autoencoder_stage, facts
 
-CODES = extracted.Extraction("codes", of="autoencoder", then=("top", "bottom"))
 SPLITS = extracted.SPLITS
+
+
+def _extraction(run: Run) -> extracted.Extraction:
+    return extracted.Extraction("codes", of="autoencoder", then=run.config.levels)
 
 
 def stage() -> Stage:
@@ -41,21 +44,21 @@ def extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
         rows = {level: value.astype(jnp.uint16) for level, value in codes.items()}  # pyright: ignore
         return rows | {name: batch[name] for name in ("label",) if name in batch}
 
-    extracted.encode_images(run, CODES, state, encode, run.config.codes.batch_size, mesh, check_signals)
+    extracted.encode_images(run, _extraction(run), state, encode, run.config.codes.batch_size, mesh, check_signals)
 
 
 def is_extracted(run: Run) -> bool:
     """Raises InputError where there are codes, but the autoencoder is to be trained further than when it made them."""
-    return extracted.is_extracted(run, CODES)
+    return extracted.is_extracted(run, _extraction(run))
 
 
 def open_codes(run: Run, split: str) -> Source:
-    """The codes of a split as a source: `top` and `bottom` int32 [n, h, w], and `label` where there are labels.
+    """The codes of a split as a source: `top`, ... int32 [n, h, w], and `label` where there are labels.
 
     Raises InputError where they are not those of the run's autoencoder.
     """
-    arrays = extracted.open_arrays(run, CODES, split)
-    size, *grid = arrays["bottom"].shape
+    arrays = extracted.open_arrays(run, _extraction(run), split)
+    size, *grid = arrays[run.config.levels[-1]].shape
 
     def read(indices: np.ndarray) -> dict[str, np.ndarray]:
         return {name: array[indices].astype(np.int32) for name, array in arrays.items()}
@@ -66,4 +69,4 @@ def open_codes(run: Run, split: str) -> Source:
 
 def autoencoder(run: Run, mesh: Mesh) -> PyTree:
     """The trained autoencoder (`ema`, `extra`); raises InputError where the run has codes that another one made."""
-    return extracted.source_state(run, CODES, mesh)
+    return extracted.source_state(run, _extraction(run), mesh)

@@ -6,10 +6,13 @@ Defaults are the supplement's (Tables 1 and 3) where it gives a value. Not here:
 import dataclasses
 import math
 
+from bitsperdim.augment import ColourConfig
+from bitsperdim.config import at_least, one_of
 from bitsperdim.data import DataConfig
 from bitsperdim.optim import OptimConfig
 from bitsperdim.sharding import MeshConfig
 from bitsperdim.step import TrainConfig
+from vqvae2.autoencoder import level_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +35,15 @@ class AutoencoderConfig:
         0.05  # fraction of the fair share of hits below which a code is revived; 0: never (paper)
     )
     flip: bool = False  # mirror training images with probability 1/2
+    colour: ColourConfig = dataclasses.field(default_factory=ColourConfig)  # changes of training images' colours
     dtype: str = "float32"  # of the convolutions; or 'bfloat16'. Parameters, quantiser and loss stay float32
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "hidden", "residual", "residual_layers", "code_dim")
+        at_least(self, 1, "hidden", "residual", "residual_layers", "code_dim")
         if not 2 <= self.num_codes <= 2**16:
             raise ValueError(f"num_codes must lie in 2..65536, not {self.num_codes}")
-        # `stages` names the priors of two levels; three come with their own configs.
-        if len(self.strides) != 2:
-            raise ValueError(f"strides must name two levels, not {self.strides}")
+        if not self.strides:
+            raise ValueError("strides must name a level at least, not ()")
         for stride in self.strides:
             if stride < 2 or stride & (stride - 1):
                 raise ValueError(f"strides must be powers of two, not {self.strides}")
@@ -69,17 +72,21 @@ class CodesConfig:
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size")
+        at_least(self, 1, "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class PriorConfig:
-    """The network of a prior (`prior.py`). A filter of 5 in the paper is a quadrant of side 3 here."""
+    """The network of a prior (`prior.py`)."""
 
     hidden: int = 512
     residual: int = 2048
     layers: int = 20
-    kernel: int = 3
+    # Side of the paper's kernels, of which a layer has the upper left quarter, as PixelSNAIL's: 3x3 of 5x5. That
+    # reading gives 28.3 M parameters a layer at 512/2048 and 0.57 B in 20 layers; the full causal 5x5 would give 1.6
+    # B, which the paper's 128 TPUv3 cores could hardly have trained. It sees the rows above up to one column to its
+    # right and no further; attention sees the rest.
+    filter: int = 5
     activation: str = "elu"  # or 'concat_elu', as PixelSNAIL
     embedding: int = 64
     attention_every: int = 0  # layers between two attentions; 0: none
@@ -92,11 +99,11 @@ class PriorConfig:
     remat: bool = False  # compute activations of layers again in the backward pass: less memory, a third more work
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "hidden", "residual", "layers", "kernel", "embedding", "attention_heads")
-        _at_least(self, 0, "attention_every", "output_layers")
-        if self.activation not in ("elu", "concat_elu"):
-            raise ValueError(f"activation must be 'elu' or 'concat_elu', not '{self.activation}'")
-        _check_dtype(self.dtype)
+        at_least(self, 1, "hidden", "residual", "layers", "embedding", "attention_heads")
+        at_least(self, 0, "attention_every", "output_layers")
+        if self.filter < 3 or not self.filter % 2:
+            raise ValueError(f"filter must be odd and at least 3, not {self.filter}")
+        one_of(self, activation=("elu", "concat_elu"), dtype=("float32", "bfloat16"))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
         if self.attention_every and self.attention_features % self.attention_heads:
@@ -116,7 +123,7 @@ class ConditioningConfig:
     norm: str = "batch"  # as the paper; or 'group', 'none'
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "blocks")
+        at_least(self, 1, "blocks")
         if not self.widths or len(self.widths) != len(self.bottlenecks) or min(*self.widths, *self.bottlenecks) < 1:
             raise ValueError(f"widths must match bottlenecks={self.bottlenecks} one to one, not {self.widths}")
         if self.norm not in ("batch", "group", "none"):
@@ -139,7 +146,9 @@ class TopStageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class BottomStageConfig:
+class LowerStageConfig:
+    """The prior of a level below the top."""
+
     model: ConditionedPriorConfig
     optim: OptimConfig
     train: TrainConfig
@@ -147,7 +156,7 @@ class BottomStageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A VQ-VAE-2 run: `family` is 'vqvae2'."""
+    """A VQ-VAE-2 run: `family` is 'vqvae2'. The number of strides decides which priors there are."""
 
     family: str
     seed: int
@@ -156,13 +165,28 @@ class Config:
     autoencoder: AutoencoderStageConfig
     codes: CodesConfig
     top: TopStageConfig
-    bottom: BottomStageConfig
+    middle: LowerStageConfig | None = None  # of every level between top and bottom, each trained by itself
+    bottom: LowerStageConfig | None = None
 
+    def __post_init__(self) -> None:
+        sections = {name.split("_")[0] for name in self.levels}
+        for name in ("middle", "bottom"):
+            given, wanted = getattr(self, name) is not None, name in sections
+            if given != wanted:
+                raise ValueError(
+                    f"{name} must be {'a section' if wanted else 'None'} where autoencoder.model.strides="
+                    f"{self.autoencoder.model.strides} makes the levels {', '.join(self.levels)}, "
+                    f"not {'a section' if given else 'None'}"
+                )
 
-def _at_least(config: object, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be at least {least}, not {getattr(config, name)}")
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The names of the levels, top first."""
+        return level_names(len(self.autoencoder.model.strides))
+
+    def prior(self, level: str) -> TopStageConfig | LowerStageConfig:
+        """The section of a level's prior; 'middle_1', 'middle_2', ... share the section `middle`."""
+        return getattr(self, level.split("_")[0])
 
 
 def _check_dtype(dtype: str) -> None:

@@ -1,7 +1,8 @@
-"""Stages `top` and `bottom`: the priors over codes, each trained alone on the codes of the training split.
+"""Stages `top`, (`middle`,) `bottom`: the priors over codes, each trained alone on the codes of the training split.
 
 Source: Razavi et al. 2019, section 3.2 and algorithm 2: log p(top) + log p(bottom | top), a rate in nats per code and
-not a likelihood of the image (supplement, section E).
+not a likelihood of the image (supplement, section E). A level is conditioned on the true codes of all coarser ones, so
+no prior needs another: all of them may train at once, on as many machines.
 Not here: the networks (`prior.py`, `conditioning.py`) and how the levels sample together (`chain.py`).
 """
 
@@ -19,36 +20,29 @@ from bitsperdim import batch_norm, images, rng
 from bitsperdim.model import Aux, Batch, Model, Pictures, Stage
 from bitsperdim.run import Run
 from vqvae2 import autoencoder_stage, chain, codes, facts
-from vqvae2.config import BottomStageConfig, Config, TopStageConfig
+from vqvae2.config import Config
 from vqvae2.prior import nll
 
 NUM_PICTURES = 16
 
 
-def top(config: Config) -> Stage:
-    return _stage("top", config.top, _top_pictures)
-
-
-def bottom(config: Config) -> Stage:
-    """Conditioned on the true top codes, so it needs no top prior: both may train at once, on two machines."""
-    return _stage("bottom", config.bottom, _bottom_pictures)
-
-
-def _stage(name: str, config: TopStageConfig | BottomStageConfig, pictures: Callable[[Run, Mesh], Pictures]) -> Stage:
+def stage(config: Config, level: str) -> Stage:
+    section = config.prior(level)
+    pictures = _top_pictures if level == "top" else _lower_pictures
     return Stage(
-        name,
+        level,
         needs=("autoencoder", "codes"),
-        model=lambda run: make(run, name),
+        model=lambda run: make(run, level),
         source=codes.open_codes,
-        pictures=pictures,
-        optim=config.optim,
-        settings=config.train,
+        pictures=lambda run, mesh: pictures(run, mesh, level),
+        optim=section.optim,
+        settings=section.train,
     )
 
 
 def make(run: Run, name: str) -> Model:
     """L = -log p(codes | codes above, class) / (h w), in nats per code; BatchNorm's running moments are in `extra`."""
-    net, grids, config = chain.network(run, name), chain.grids(run), getattr(run.config, name).model
+    net, grids, config = chain.network(run, name), chain.grids(run), run.config.prior(name).model
     height, width = grids[name]
 
     def init(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
@@ -92,7 +86,7 @@ def _keys(key: Key[Array, ""]) -> Key[Array, " b"]:
 
 
 def _labels(run: Run, batch: dict[str, np.ndarray], name: str) -> Array | None:
-    return jnp.asarray(batch["label"]) if getattr(run.config, name).model.class_conditional else None
+    return jnp.asarray(batch["label"]) if run.config.prior(name).model.class_conditional else None
 
 
 def _held_out(run: Run) -> dict[str, np.ndarray]:
@@ -100,27 +94,29 @@ def _held_out(run: Run) -> dict[str, np.ndarray]:
     return source.read(np.linspace(0, source.size - 1, NUM_PICTURES).astype(np.int64))
 
 
-def _top_pictures(run: Run, mesh: Mesh) -> Pictures:
-    """Sampled top codes, decoded without bottom codes: layout and colour, no detail."""
-    draw, decode, batch = chain.draw(run, "top"), _decoder(run, mesh), _held_out(run)
+def _top_pictures(run: Run, mesh: Mesh, level: str) -> Pictures:
+    """Sampled top codes, decoded without those of finer levels: layout and colour, no detail."""
+    draw, decode, batch = chain.draw(run, level), _decoder(run, mesh), _held_out(run)
 
     def pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
-        sampled = draw(params, extra, _keys(key), (), _labels(run, batch, "top"), jnp.float32(1.0))
-        return {"samples_top_alone": images.grid(decode({"top": sampled}), levels=facts.of_run(run).levels)}
+        sampled = draw(params, extra, _keys(key), (), _labels(run, batch, level), jnp.float32(1.0))
+        return {"samples_top_alone": images.grid(decode({level: sampled}), levels=facts.of_run(run).levels)}
 
     return pictures
 
 
-def _bottom_pictures(run: Run, mesh: Mesh) -> Pictures:
-    """Held-out images as their codes decode, above the same top codes with sampled bottom codes."""
-    draw, decode, batch = chain.draw(run, "bottom"), _decoder(run, mesh), _held_out(run)
-    reconstructed = decode({level: batch[level] for level in chain.grids(run)})
+def _lower_pictures(run: Run, mesh: Mesh, level: str) -> Pictures:
+    """Held-out images as their codes down to this level decode; below each the same with this level's codes sampled."""
+    draw, decode, batch = chain.draw(run, level), _decoder(run, mesh), _held_out(run)
+    coarser = run.config.levels[: run.config.levels.index(level)]
+    given = {name: batch[name] for name in coarser}
+    reconstructed = decode(given | {level: batch[level]})
 
     def pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
-        above = tuple(map(jnp.asarray, chain.upper(run, "bottom", batch)))
-        sampled = draw(params, extra, _keys(key), above, _labels(run, batch, "bottom"), jnp.float32(1.0))
-        resampled = decode({"top": above[0], "bottom": sampled})
-        return {"samples_given_top": images.pairs(reconstructed, resampled, levels=facts.of_run(run).levels)}
+        above = tuple(map(jnp.asarray, chain.upper(run, level, batch)))
+        sampled = draw(params, extra, _keys(key), above, _labels(run, batch, level), jnp.float32(1.0))
+        pairs = images.pairs(reconstructed, decode(given | {level: sampled}), levels=facts.of_run(run).levels)
+        return {f"samples_given_{coarser[-1]}": pairs}
 
     return pictures
 

@@ -1,6 +1,6 @@
 """The stages of a VQ-VAE-2 run and the figures of the whole.
 
-autoencoder -> codes -> top and bottom, which do not need each other (Razavi et al. 2019, algorithms 1 and 2).
+autoencoder -> codes -> a prior of every level, which do not need each other (Razavi et al. 2019, algorithms 1 and 2).
 """
 
 from typing import Any
@@ -11,15 +11,16 @@ from vqvae2.config import Config
 
 
 def stages(config: Config) -> tuple[Stage, ...]:
-    return autoencoder_stage.stage(config), codes.stage(), prior_stage.top(config), prior_stage.bottom(config)
+    priors = (prior_stage.stage(config, level) for level in config.levels)
+    return autoencoder_stage.stage(config), codes.stage(), *priors
 
 
 def report(config: Config, measured: dict[str, Any]) -> dict[str, Any]:
     """The rate of all levels beside the distortion. A rate and a distortion are no likelihood of the image: the bits
     name the reconstruction, not the image itself (supplement, section E)."""
-    levels = [name for name in ("top", "bottom") if name in measured]
+    levels = [name for name in config.levels if name in measured]
     distortion = measured.get("autoencoder", {})
     figures: dict[str, Any] = {name: distortion[name] for name in ("mse", "mse_over_variance") if name in distortion}
-    if len(levels) == 2:
+    if len(levels) == len(config.levels):
         figures["rate_bits_per_image"] = sum(measured[name]["rate_bits_per_image"] for name in levels)
     return figures | {f"nats_per_code_{name}": measured[name]["nats_per_code"] for name in levels}
