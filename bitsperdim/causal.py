@@ -3,18 +3,39 @@
 Cells are ordered row by row, left to right. A kernel is never masked: the input is padded above and to the left, a
 VALID convolution follows, and a shift by one row or column makes the result blind to its own cell where that is wanted
 (Salimans et al. 2017, PixelCNN++, section 2.3; Chen et al. 2018, PixelSNAIL, section 3). The functions take the
-arrays, so that one cell can later be evaluated from a buffer of rows with the same parameters; the module only owns
-the parameters.
+arrays; the module owns the parameters, and evaluates whole grids or, from the rows that it keeps, one cell.
 Not here: the networks made of these parts, and the dropout between them.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+ROWS = "rows"  # the collection of what `CausalConv` keeps between cells
+
+
+class Cell(NamedTuple):
+    """One cell of a grid, whose size is known when a program is compiled."""
+
+    row: Int[Array, ""]
+    column: Int[Array, ""]
+    height: int
+    width: int
+
+    @property
+    def position(self) -> Int[Array, ""]:
+        """In raster order."""
+        return self.row * self.width + self.column
+
+
+def next_row(kept: PyTree) -> PyTree:
+    """The collection `ROWS` before the first cell of a row: every row moves up by one."""
+    return jax.tree.map(lambda rows: jnp.concatenate([rows[:, 1:], rows[:, -1:]], 1), kept)
 
 
 def shift_down(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -40,7 +61,11 @@ def causal_conv(
 
 
 class CausalConv(nn.Module):
-    """`causal_conv` with a learned kernel and bias; computes in `dtype`, keeps float32 parameters."""
+    """`causal_conv` with a learned kernel and bias; computes in `dtype`, keeps float32 parameters.
+
+    With a cell, x is its input alone and so is the result. Cells must come in raster order, with `next_row` before each
+    row and all rows zero at first: what lies above and to the left is kept in the collection `ROWS`.
+    """
 
     features: int
     kernel_size: tuple[int, int]
@@ -49,11 +74,25 @@ class CausalConv(nn.Module):
     kernel_init: Callable = nn.initializers.lecun_normal()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    def __call__(self, x: Float[Array, "b h w c"], cell: Cell | None = None) -> Float[Array, "b h w d"]:
         kernel = self.param("kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return causal_conv(x, kernel, self.right) + bias
+        if cell is None:
+            return causal_conv(x, kernel, self.right) + bias
+        seen = self._surrounded(x, cell)
+        # A matrix product: a convolution with one output is much slower.
+        return (seen.reshape(len(x), -1) @ kernel.reshape(-1, self.features) + bias)[:, None, None]
+
+    def _surrounded(self, x: Float[Array, "b 1 1 c"], cell: Cell) -> Float[Array, "b kh kw c"]:
+        """The quadrant of inputs that ends with x; the columns of zeros are those left of the grid."""
+        if self.right:
+            raise ValueError("cells to the right of the current one are not known yet")
+        height, width = self.kernel_size
+        shape = (len(x), height, cell.width + width - 1, x.shape[-1])
+        rows = self.variable(ROWS, "rows", jnp.zeros, shape, x.dtype)
+        rows.value = jax.lax.dynamic_update_slice(rows.value, x, (0, height - 1, cell.column + width - 1, 0))
+        return jax.lax.dynamic_slice_in_dim(rows.value, cell.column, width, 2)
 
 
 def strictly_before(length: int) -> Bool[Array, "q k"]:

@@ -4,9 +4,8 @@ Source: Razavi et al. 2019, algorithm 2. Not here: training the parts (`autoenco
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
+from arm_forecast import gumbel
 from bitsperdim import metrics, rng, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
@@ -23,10 +23,18 @@ from vqvae2 import autoencoder_stage, codes, facts, sampling
 from vqvae2.autoencoder import level_names
 from vqvae2.conditioning import Conditioner, ConditioningStack
 from vqvae2.config import ConditionedPriorConfig
-from vqvae2.prior import PixelSnail, Prior
+from vqvae2.prior import KEPT, PixelSnail, Prior
 
 Draw = Callable[..., Int[Array, "b h w"]]
+PerLevel = float | Mapping[str, float]
+SAMPLERS = ("cached", "ancestral")
 BATCH = 64  # samples drawn at once
+
+
+class _Options(NamedTuple):
+    temperature: float
+    top_k: int
+    top_p: float
 
 
 def network(run: Run, name: str) -> Prior:
@@ -83,10 +91,11 @@ def upper(run: Run, name: str, batch: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(batch[level] for level in levels[: levels.index(name)])
 
 
-def draw(run: Run, name: str) -> Draw:
+def draw(run: Run, name: str, sampler: str = "cached", top_k: int = 0, top_p: float = 1.0) -> Draw:
     """(params, extra, example keys, codes above, labels, temperature) -> codes of level `name`, compiled.
 
-    An example's codes depend on its own key alone, not on the batch. The conditioning stack runs once.
+    An example's codes depend on its own key alone, not on the batch. The conditioning stack runs once. 'cached'
+    evaluates each cell once, 'ancestral' the whole grid for each cell: the same codes, and a check on the first.
     """
     net, (height, width) = network(run, name), grids(run)[name]
 
@@ -101,10 +110,15 @@ def draw(run: Run, name: str) -> Draw:
     ) -> Int[Array, "b h w"]:
         variables = {"params": params, **extra}
         condition = net.apply(variables, above, method="condition")
-        logits = lambda grid: net.apply(variables, grid, condition, label, method="logits")
         keys = jax.vmap(lambda key: rng.for_purpose(key, name))(keys)
         noise = sampling.gumbel_noise(keys, net.network.num_codes)
-        return sampling.sample_codes(logits, noise, (len(keys), height, width), temperature)  # pyright: ignore
+        chosen = {"shape": (len(keys), height, width), "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        if sampler == "ancestral":
+            logits = lambda grid: net.apply(variables, grid, condition, label, method="logits")
+            return sampling.sample_codes(logits, noise, **chosen)  # pyright: ignore
+        cell_logits = functools.partial(net.apply, method="cell_logits", mutable=KEPT)
+        at_cell = lambda grid, cell, kept: cell_logits(variables | kept, grid, cell, condition, label)
+        return sampling.sample_codes_cached(at_cell, noise, **chosen)  # pyright: ignore
 
     return sample
 
@@ -128,15 +142,27 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         return decode(encode(images))
 
     def draw(
-        key: Key[Array, ""], n: int, temperature: float = 1.0, label: int | None = None
+        key: Key[Array, ""],
+        n: int,
+        temperature: PerLevel = 1.0,
+        label: int | None = None,
+        top_k: PerLevel = 0,
+        top_p: PerLevel = 1.0,
+        sampler: str = "cached",
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """n images and the calls of the networks; without `label` every class in turn, where there are classes."""
+        """n images and the calls of the networks; without `label` every class in turn, where there are classes.
+
+        `temperature`, `top_k` and `top_p` are one value, or a dict of one for each level. `sampler`: 'cached', or
+        'ancestral', which evaluates the whole grid for each code and gives the same ones.
+        """
         if n < 1:
             raise InputError(f"n must be at least 1, not {n}")
-        if not 0.0 <= temperature < math.inf:
-            raise InputError(f"temperature must be finite and at least 0 (greedy), not {temperature}")
+        if sampler not in SAMPLERS:
+            raise InputError(f"there is no sampler '{sampler}' here; there are {', '.join(SAMPLERS)}")
+        options = {level: _options(run, level, temperature, top_k, top_p) for level in grids(run)}
         calls = {name: height * width for name, (height, width) in grids(run).items()}
-        return chain()(key, n, temperature, label), {"network_calls_per_batch": calls, "batch": min(n, BATCH)}
+        about = {"network_calls_per_batch": calls, "batch": min(n, BATCH), "sampler": sampler}
+        return chain()(key, n, label, sampler, options), about
 
     def log_prob(images: np.ndarray, key: Key[Array, ""] | None = None, samples: int = 1) -> NoReturn:
         """Raises InputError: there is none."""
@@ -156,23 +182,39 @@ def load(run: Run, mesh: Mesh) -> Loaded:
     )
 
 
+def _options(run: Run, level: str, temperature: PerLevel, top_k: PerLevel, top_p: PerLevel) -> _Options:
+    """What a level is drawn with; InputError for values out of range and for dicts of other levels."""
+    values = []
+    for name, given in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        if isinstance(given, Mapping) and set(given) != set(grids(run)):
+            raise InputError(f"{name} must be a number, or a dict for {', '.join(grids(run))}, not for {list(given)}")
+        values.append(given[level] if isinstance(given, Mapping) else given)
+    options = _Options(float(values[0]), int(values[1]), float(values[2]))
+    gumbel.check_options(*options)
+    return options
+
+
 def _sampler(run: Run, mesh: Mesh) -> Callable[..., UInt8[np.ndarray, "n h w c"]]:
-    """sample(key, count, temperature, label) -> images.
+    """sample(key, count, label, sampler, options by level) -> images.
 
     Raises InputError where a stage has no checkpoint, or a label does not fit.
     """
     trained = {name: trainer.restore(run, name, mesh)[1] for name in grids(run)}
-    draws = {name: draw(run, name) for name in grids(run)}
+    compiled = functools.cache(functools.partial(draw, run))
     autoencoder, decode = codes.autoencoder(run, mesh), autoencoder_stage.coder(run).decode
 
-    def some(keys: Key[Array, " b"], label: Array | None, temperature: float) -> np.ndarray:
+    def some(keys: Key[Array, " b"], label: Array | None, sampler: str, options: dict[str, _Options]) -> np.ndarray:
         drawn: dict[str, Array] = {}
         for name, state in trained.items():
+            temperature, top_k, top_p = options[name]
+            sample = compiled(name, sampler, top_k, top_p)
             above = upper(run, name, drawn)
-            drawn[name] = draws[name](state["ema"], state["extra"], keys, above, label, jnp.float32(temperature))
+            drawn[name] = sample(state["ema"], state["extra"], keys, above, label, jnp.float32(temperature))
         return decode(autoencoder["ema"], autoencoder["extra"], drawn)
 
-    def sample(key: Key[Array, ""], count: int, temperature: float, label: int | None) -> np.ndarray:
+    def sample(
+        key: Key[Array, ""], count: int, label: int | None, sampler: str, options: dict[str, _Options]
+    ) -> np.ndarray:
         labels = _labels(run, count, label)
         # Whole batches: another size would be another program to compile.
         size = min(count, BATCH)
@@ -181,7 +223,8 @@ def _sampler(run: Run, mesh: Mesh) -> Callable[..., UInt8[np.ndarray, "n h w c"]
         pictures = []
         for start in range(0, count, size):
             part = np.arange(start, start + size)
-            pictures.append(some(keys[part], None if labels is None else labels[part % count], temperature))
+            of_part = None if labels is None else labels[part % count]
+            pictures.append(some(keys[part], of_part, sampler, options))
             report(min(start + size, count))
         return np.concatenate(pictures)[:count]
 

@@ -5,6 +5,8 @@ code, where the paper's own figure of the gated layer is not available. The keys
 input, as in that code: ports that take them from the shifted stream leave the first column of every row blind to the
 code before it. Without attention a cell sees the rows above up to one column to its right, and no further: the price
 of quadrant kernels.
+Every module evaluates whole grids, or with a `Cell` one cell after another from what it keeps of those before: the
+convolutions in the collection `ROWS`, the attention in `ATTENDED`.
 Not here: weight normalisation (the original has it; plain weights are cheaper to sample from), and sampling.
 """
 
@@ -13,12 +15,15 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from bitsperdim import rng
-from bitsperdim.causal import CausalConv, attention_weights, shift_down, shift_right, strictly_before
+from bitsperdim.causal import ROWS, CausalConv, Cell, attention_weights, shift_down, shift_right, strictly_before
 from vqvae2.conditioning import Conditioner
 from vqvae2.embedding import Embedding
+
+ATTENDED = "attended"  # the collection of keys and values
+KEPT = (ROWS, ATTENDED)
 
 # Output convolutions of residual branches start at a tenth of the usual deviation (PixelSNAIL's init scale 0.1).
 SMALL_INIT = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
@@ -61,12 +66,23 @@ class Stem(nn.Module):
     features: int
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        self.above = CausalConv(self.features, (1, 3), right=1, dtype=self.dtype)
+        self.left = CausalConv(self.features, (2, 1), dtype=self.dtype)
+
     def __call__(self, x: Float[Array, "b h w e"]) -> Float[Array, "b h w c"]:
         x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
-        above = CausalConv(self.features, (1, 3), right=1, dtype=self.dtype, name="above")(x)
-        left = CausalConv(self.features, (2, 1), dtype=self.dtype, name="left")(x)
-        return shift_down(above) + shift_right(left)
+        return shift_down(self.above(x)) + shift_right(self.left(x))
+
+    def at_cell(self, x: Float[Array, "b 2 3 e"], exists: Bool[Array, "b 2 3"]) -> Float[Array, "b 1 1 c"]:
+        """The same at one cell, from rows i-1 ... i and columns j-1 ... j+1; x is zero where `exists` is false.
+
+        The shifts of whole grids bring zeros in, without a bias, where there is no row above or no column to the left.
+        """
+        exists = exists[..., None].astype(x.dtype)
+        x = jnp.concatenate([x, exists], -1)
+        above = self.above(x[:, :1])[:, :, 1:2] * exists[:, :1, 1:2]
+        return above + self.left(x[:, :, :1])[:, 1:] * exists[:, 1:, :1]
 
 
 class GatedResidual(nn.Module):
@@ -94,13 +110,14 @@ class GatedResidual(nn.Module):
         conditioning: Float[Array, "b h w u"] | None = None,
         label: Int[Array, " b"] | None = None,
         keys: Key[Array, " b"] | None = None,
+        cell: Cell | None = None,
     ) -> Float[Array, "b h w c"]:
         activation, features, size = ACTIVATIONS[self.activation], x.shape[-1], (self.kernel, self.kernel)
-        h = CausalConv(self.residual, size, dtype=self.dtype, name="conv_in")(activation(x))
+        h = CausalConv(self.residual, size, dtype=self.dtype, name="conv_in")(activation(x), cell)
         if aux is not None:
             h = h + nn.Conv(self.residual, (1, 1), dtype=self.dtype, name="aux")(activation(aux))
         h = _dropout(self.name, keys, self.dropout, activation(h))
-        h = CausalConv(2 * features, size, dtype=self.dtype, kernel_init=SMALL_INIT, name="conv_out")(h)
+        h = CausalConv(2 * features, size, dtype=self.dtype, kernel_init=SMALL_INIT, name="conv_out")(h, cell)
         if conditioning is not None:
             h = h + nn.Conv(2 * features, (1, 1), use_bias=False, dtype=self.dtype, name="conditioning")(conditioning)
         if self.num_classes:
@@ -127,15 +144,36 @@ class CausalAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], embedded: Float[Array, "b h w e"], keys: Key[Array, " b"] | None = None
+        self,
+        x: Float[Array, "b h w c"],
+        embedded: Float[Array, "b h w e"],
+        keys: Key[Array, " b"] | None = None,
+        cell: Cell | None = None,
     ) -> Float[Array, "b h w c"]:
+        """With a cell, `embedded` is the code before it: the code of the cell itself is not known yet."""
         batch, height, width, channels = x.shape
-        place = jnp.broadcast_to(background(height, width).astype(x.dtype), (batch, height, width, 2))
-        kv = self._project(jnp.concatenate([embedded, x, place], -1), "key_value", 2 * self.features)
-        query = self._project(jnp.concatenate([x, place], -1), "query", self.features)
+        if cell is None:
+            place = background(height, width)
+            visible = strictly_before(height * width)
+            kv_input = _with_place(x, place, embedded)
+        else:
+            places = background(cell.height, cell.width).reshape(1, -1, 1, 2)
+            before = jnp.maximum(cell.position - 1, 0)
+            place, place_before = (jax.lax.dynamic_slice_in_dim(places, p, 1, 1) for p in (cell.position, before))
+            visible = jnp.arange(cell.height * cell.width)[None] < cell.position
+            x_before = self.variable(ATTENDED, "before", jnp.zeros_like, x)
+            kv_input = _with_place(x_before.value, place_before, embedded)
+            x_before.value = x
+        kv = self._project(kv_input, "key_value", 2 * self.features)
+        if cell is not None:
+            # At the first cell this writes to its own place, which nothing sees before it is written again.
+            shape = (batch, cell.height * cell.width, 1, 2 * self.features)
+            kept = self.variable(ATTENDED, "key_value", jnp.zeros, shape, kv.dtype)
+            kept.value = kv = jax.lax.dynamic_update_slice_in_dim(kept.value, kv, before, 1)
+        query = self._project(_with_place(x, place), "query", self.features)
         key, value = jnp.split(kv, 2, -1)
-        by_head = lambda t: t.reshape(batch, height * width, self.heads, -1)
-        weights = attention_weights(by_head(query), by_head(key), strictly_before(height * width))
+        by_head = lambda t: t.reshape(batch, -1, self.heads, self.features // self.heads)
+        weights = attention_weights(by_head(query), by_head(key), visible)
         weights = _dropout(self.name, keys, self.dropout, weights).astype(value.dtype)
         attended = jnp.einsum("bnqk,bknd->bqnd", weights, by_head(value)).reshape(batch, height, width, -1)
         return self._gated(channels, "output")(x, aux=attended)
@@ -146,6 +184,13 @@ class CausalAttention(nn.Module):
     def _project(self, x: Float[Array, "b h w c"], name: str, features: int) -> Float[Array, "b h w d"]:
         x = self._gated(x.shape[-1], f"{name}_gated")(x)
         return nn.Conv(features, (1, 1), dtype=self.dtype, name=f"{name}_projection")(x)
+
+
+def _with_place(
+    x: Float[Array, "b h w c"], place: Float[Array, "1 h w 2"], *before: Float[Array, "b h w e"]
+) -> Float[Array, "b h w f"]:
+    place = jnp.broadcast_to(place.astype(x.dtype), (*x.shape[:-1], 2))
+    return jnp.concatenate([*before, x, place], -1)
 
 
 class OutputBlock(nn.Module):
@@ -197,21 +242,40 @@ class PixelSnail(nn.Module):
         conditioning: Float[Array, "b h w u"] | None = None,
         label: Int[Array, " b"] | None = None,
         keys: Key[Array, " b"] | None = None,
+        cell: Cell | None = None,
     ) -> Float[Array, "b h w k"]:
+        """With a cell its logits alone, [b 1 1 k], from the codes before it and their `KEPT` collections; then
+        `conditioning` is that of the cell."""
         shared = {"activation": self.activation, "dropout": self.dropout, "dtype": self.dtype}
         # What a layer computes inside is forgotten and computed again in the backward pass; parameters are the same.
-        gated = nn.remat(GatedResidual) if self.remat else GatedResidual
+        gated = nn.remat(GatedResidual) if self.remat and cell is None else GatedResidual
         layer = functools.partial(gated, self.residual, self.kernel, num_classes=self.num_classes, **shared)
         attention = functools.partial(CausalAttention, self.attention_heads, self.attention_features, **shared)
-        embedded = Embedding(self.num_codes, self.embedding, self.dtype, name="embedding")(codes)
-        x = Stem(self.hidden, self.dtype, name="stem")(embedded)
+        embed = Embedding(self.num_codes, self.embedding, self.dtype, name="embedding")
+        stem = Stem(self.hidden, self.dtype, name="stem")
+        if cell is None:
+            embedded = embed(codes)
+            x = stem(embedded)
+        else:
+            around = _around(codes, cell)
+            # Index -1, outside of the grid, is embedded as zero.
+            x = stem.at_cell(embed(around), around >= 0)
+            before = jnp.maximum(cell.position - 1, 0)
+            embedded = embed(jax.lax.dynamic_slice_in_dim(codes.reshape(len(codes), -1, 1), before, 1, 1))
+        at_cell = {} if cell is None else {"cell": cell}  # nn.remat takes arrays only
         for i in range(self.layers):
-            x = layer(name=f"layer_{i}")(x, conditioning=conditioning, label=label, keys=keys)
+            x = layer(name=f"layer_{i}")(x, conditioning=conditioning, label=label, keys=keys, **at_cell)
             if self.attention_every and (i + 1) % self.attention_every == 0:
-                x = attention(name=f"attention_{i // self.attention_every}")(x, embedded, keys)
+                x = attention(name=f"attention_{i // self.attention_every}")(x, embedded, keys, cell)
         for i in range(self.output_layers):
             x = OutputBlock(self.residual, **shared, name=f"output_{i}")(x, keys)
         return nn.Conv(self.num_codes, (1, 1), name="head")(nn.elu(x).astype(jnp.float32))
+
+
+def _around(codes: Int[Array, "b h w"], cell: Cell) -> Int[Array, "b 2 3"]:
+    """Rows i-1 ... i and columns j-1 ... j+1; -1 beyond the edges."""
+    padded = jnp.pad(codes, ((0, 0), (1, 0), (1, 1)), constant_values=-1)
+    return jax.lax.dynamic_slice(padded, (0, cell.row, cell.column), (len(codes), 2, 3))
 
 
 class Prior(nn.Module):
@@ -249,3 +313,19 @@ class Prior(nn.Module):
     ) -> Float[Array, "b h w k"]:
         """Logits of every code under a given conditioning map."""
         return self.network(codes, conditioning, label, keys)
+
+    def cell_logits(
+        self,
+        codes: Int[Array, "b h w"],
+        cell: Cell,
+        conditioning: Float[Array, "b h w u"] | None = None,
+        label: Int[Array, " b"] | None = None,
+    ) -> Float[Array, "b k"]:
+        """Logits of one cell under a given conditioning map, from what the collections `KEPT` hold of the cells before.
+
+        For cells in raster order; apply with `mutable=KEPT`, and `next_row` on `ROWS` before each row.
+        """
+        if conditioning is not None:
+            size = (len(codes), 1, 1, conditioning.shape[-1])
+            conditioning = jax.lax.dynamic_slice(conditioning, (0, cell.row, cell.column, 0), size)
+        return self.network(codes, conditioning, label, cell=cell)[:, 0, 0]

@@ -178,8 +178,8 @@ def test_an_array_in_the_place_of_codes_by_level_is_refused(loaded, encoded):
     [
         ({"n": 0}, "n must be at least 1, not 0"),
         ({"n": -1}, "n must be at least 1, not -1"),
-        ({"temperature": -1.0}, r"temperature must be finite and at least 0 \(greedy\), not -1.0"),
-        ({"temperature": float("nan")}, "temperature must be finite .*, not nan"),
+        ({"temperature": -1.0}, r"temperature must be a finite number of at least 0 \(0: greedy\), not -1.0"),
+        ({"temperature": float("nan")}, "temperature must be a finite number .*, not nan"),
         ({"label": 3}, "^label=3, but the priors of .* were trained without classes"),
     ],
 )

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitsperdim import rng
+from bitsperdim import causal, rng
 from vqvae2 import sampling
 from vqvae2.conditioning import Conditioner, ConditioningStack
-from vqvae2.prior import PixelSnail, Prior, background, nll
+from vqvae2.prior import KEPT, PixelSnail, Prior, background, nll
 
 GOLDEN = PixelSnail(
     num_codes=12,
@@ -85,6 +85,16 @@ def test_golden_samples(data, draw, temperature):
 
     np.testing.assert_array_equal(sample(temperature), expected)
 
+    @jax.jit
+    def sample_cached(temperature):
+        def logits_fn(codes, cell, kept):
+            logits, kept = GOLDEN.apply({"params": params} | kept, codes, label=label, cell=cell, mutable=KEPT)
+            return logits[:, 0, 0], kept
+
+        return sampling.sample_codes_cached(logits_fn, lambda position: gumbel[:, position], (3, 8, 8), temperature)
+
+    np.testing.assert_array_equal(sample_cached(temperature), expected)
+
 
 def tiny_top(**changes):
     settings = {"num_codes": 6, "embedding": 4, "hidden": 8, "residual": 12, "layers": 2, "kernel": 3, "num_classes": 3}
@@ -150,6 +160,56 @@ def test_logits_of_a_kept_condition_are_those_of_the_whole(random_variables):
     condition = prior.apply(variables, upper, method="condition")
     logits = prior.apply(variables, codes, condition, method="logits")
     np.testing.assert_allclose(logits, prior.apply(variables, codes, upper), atol=1e-5)
+
+
+def cell_logits(prior, variables, codes, **named):
+    """Logits of all cells, evaluated one after another."""
+    _, height, width = codes.shape
+
+    @jax.jit
+    def evaluate(codes, row, column, kept):
+        cell = causal.Cell(row, column, height, width)
+        return prior.apply(variables | kept, codes, cell, **named, method="cell_logits", mutable=KEPT)
+
+    kept, logits = {}, []
+    for row, column in np.ndindex(height, width):
+        # What comes later must not matter, whatever it holds.
+        flat = np.asarray(codes).reshape(len(codes), -1)
+        known = np.where(np.arange(height * width) < row * width + column, flat, 5).reshape(codes.shape)
+        if column == 0 and kept:
+            kept = dict(kept) | {causal.ROWS: causal.next_row(kept[causal.ROWS])}
+        here, kept = evaluate(jnp.asarray(known), jnp.int32(row), jnp.int32(column), dict(kept))
+        logits.append(here)
+    return jnp.stack(logits, 1).reshape(*codes.shape, -1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_every": 0, "num_classes": 0, "kernel": 2, "output_layers": 0},
+        {"attention_every": 1, "activation": "concat_elu", "remat": True},
+        {"dtype": jnp.bfloat16},
+    ],
+    ids=["attention", "none", "concat_elu", "bfloat16"],
+)
+def test_cell_by_cell_the_logits_are_those_of_the_whole_grid(random_variables, changes):
+    prior, codes = tiny_top(**changes), jax.random.randint(jax.random.key(1), (2, 3, 5), 0, 6)
+    label = jnp.array([0, 2]) if prior.network.num_classes else None
+    variables = random_variables(prior, codes, label=label)
+    expected = prior.apply(variables, codes, label=label)
+    found = cell_logits(prior, variables, codes, label=label)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=0.1 if "dtype" in changes else 2e-5)
+
+
+def test_cell_by_cell_under_a_condition(random_variables):
+    prior, codes = tiny_bottom(), jax.random.randint(jax.random.key(1), (2, 8, 4), 0, 6)
+    upper = (jax.random.randint(jax.random.key(2), (2, 4, 2), 0, 6),)
+    variables = random_variables(prior, codes, upper)
+    condition = prior.apply(variables, upper, method="condition")
+    found = cell_logits(prior, variables, codes, conditioning=condition)
+    np.testing.assert_allclose(found, prior.apply(variables, codes, upper), atol=2e-5)
 
 
 def test_the_class_moves_the_logits(random_variables):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import resource
 import shutil
 
@@ -279,6 +280,31 @@ def test_a_sample_depends_on_its_seed_and_not_on_the_number_drawn(run, mesh):
     assert loaded.draw(jax.random.key(1), 2)[1]["network_calls_per_batch"] == {"top": 4, "bottom": 16}
     greedy = loaded.sample(jax.random.key(2), 2, temperature=0.0)
     np.testing.assert_array_equal(greedy[0], greedy[1])  # without noise there is but one sample
+
+
+def test_the_cached_sampler_draws_the_same_images_as_whole_passes(run, mesh):
+    loaded = chain.load(run, mesh)
+    options = {"temperature": {"top": 1.0, "bottom": 0.8}, "top_k": {"top": 0, "bottom": 3}, "top_p": 0.9}
+    drawn = {name: loaded.sample(jax.random.key(1), 3, sampler=name, **options) for name in chain.SAMPLERS}
+    np.testing.assert_array_equal(drawn["cached"], drawn["ancestral"])
+    assert (drawn["cached"] != loaded.sample(jax.random.key(1), 3, temperature=0.8)).any()
+    # The single likeliest code is the greedy one, whatever the noise.
+    likeliest = loaded.sample(jax.random.key(1), 2, top_k=1)
+    np.testing.assert_array_equal(likeliest, loaded.sample(jax.random.key(2), 2, temperature=0.0))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sampler": "fast"}, "there is no sampler 'fast' here; there are cached, ancestral"),
+        ({"temperature": {"top": 1.0}}, "temperature must be a number, or a dict for top, bottom, not for ['top']"),
+        ({"top_k": {"top": 1, "middle": 2}}, "top_k must be a number, or a dict for top, bottom, not for ['top', 'mi"),
+        ({"top_p": 0.0}, "top_p"),
+    ],
+)
+def test_wrong_options_of_sampling_are_named(run, mesh, wrong, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        chain.load(run, mesh).sample(jax.random.key(0), 2, **wrong)
 
 
 def test_a_label_is_refused_where_the_priors_know_no_classes(run, mesh):
