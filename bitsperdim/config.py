@@ -115,5 +115,5 @@ def one_of(section: object, **choices: Iterable[str]) -> None:
     for key, allowed in choices.items():
         allowed = tuple(allowed)
         if getattr(section, key) not in allowed:
-            names = ", ".join(f"'{choice}'" for choice in allowed)
+            names = ", ".join(choice or "''" for choice in allowed)
             raise ValueError(f"{key} must be one of {names}, not '{getattr(section, key)}'")

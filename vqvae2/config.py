@@ -47,7 +47,7 @@ class AutoencoderConfig:
         for stride in self.strides:
             if stride < 2 or stride & (stride - 1):
                 raise ValueError(f"strides must be powers of two, not {self.strides}")
-        _check_dtype(self.dtype)
+        one_of(self, dtype=("float32", "bfloat16"))
         if not 0 <= self.commitment < math.inf:
             raise ValueError(f"commitment must be finite and at least 0, not {self.commitment}")
         if not 0 < self.codebook_epsilon < math.inf:
@@ -126,8 +126,7 @@ class ConditioningConfig:
         at_least(self, 1, "blocks")
         if not self.widths or len(self.widths) != len(self.bottlenecks) or min(*self.widths, *self.bottlenecks) < 1:
             raise ValueError(f"widths must match bottlenecks={self.bottlenecks} one to one, not {self.widths}")
-        if self.norm not in ("batch", "group", "none"):
-            raise ValueError(f"norm must be 'batch', 'group' or 'none', not '{self.norm}'")
+        one_of(self, norm=("batch", "group", "none"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +186,3 @@ class Config:
     def prior(self, level: str) -> TopStageConfig | LowerStageConfig:
         """The section of a level's prior; 'middle_1', 'middle_2', ... share the section `middle`."""
         return getattr(self, level.split("_")[0])
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be 'float32' or 'bfloat16', not '{dtype}'")

@@ -117,7 +117,7 @@ def test_filters_that_do_not_split_into_the_channels_are_refused():
         ({"weight": -0.1}, r"weight must be at least 0, not -0\.1"),
         ({"inputs": ("h",)}, "inputs must be some of"),
         ({"inputs": ("x", "x")}, "inputs must be some of"),
-        ({"posterior": "right"}, "posterior must be 'exact' or 'literal', not 'right'"),
+        ({"posterior": "right"}, "posterior must be one of exact, literal, not 'right'"),
     ],
 )
 def test_values_out_of_range_are_refused(values, message):

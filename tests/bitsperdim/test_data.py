@@ -269,7 +269,7 @@ def wait_until(condition):
         ({"source": "photos"}, "image_size must be given for the source 'photos', not 0"),
         ({"source": "digits", "image_size": 32}, "image_size must be 0 or 8 for the source 'digits', not 32"),
         ({"source": "digits", "bits": 9}, "bits must lie in 1..8, not 9"),
-        ({"source": "digits", "binarize": "static"}, "binarize must be '', 'threshold' or 'dynamic', not 'static'"),
+        ({"source": "digits", "binarize": "static"}, "binarize must be one of '', threshold, dynamic, not 'static'"),
         ({"source": "digits", "binarize": "dynamic", "bits": 1}, "bits must be 8 where binarize is 'dynamic', not 1"),
         (
             {"source": "synthetic", "image_size": 8, "synthetic_levels": 257},

@@ -318,8 +318,8 @@ def test_a_label_is_refused_where_the_priors_know_no_classes(run, mesh):
         ({"autoencoder.model.strides": (4, 8)}, r"are 16x16, not divisible by the product 32 of .*strides=\(4, 8\)"),
         ({"autoencoder.model.strides": (3, 2)}, r"autoencoder\.model\.strides must be powers of two, not \(3, 2\)"),
         ({"autoencoder.model.strides": (4, "2")}, r"'autoencoder\.model\.strides\[1\]' must be of type int, not str"),
-        ({"top.model.activation": "relu"}, r"top\.model\.activation must be one of 'elu', 'concat_elu', not 'relu'"),
-        ({"bottom.model.conditioning.norm": "layer"}, r"bottom\.model\.conditioning\.norm must be 'batch'"),
+        ({"top.model.activation": "relu"}, r"top\.model\.activation must be one of elu, concat_elu, not 'relu'"),
+        ({"bottom.model.conditioning.norm": "layer"}, r"bottom\.model\.conditioning\.norm must be one of batch"),
         ({"bottom.optim.warmup_steps": 6}, "bottom: the cosine schedule starts at update 6"),
         (
             {"bottom.optim.name": "adamw", "bottom.optim.weight_decay": 0.1, "bottom.optim.decay_mask": "zzz"},
