@@ -39,7 +39,8 @@ def open_codes(run: Run, split: str) -> Source:
     """The codes of a split as a source: `codes` int32 [n, h, w, channels]."""
     codes, grid = extracted.open_arrays(run, CODES, split)["codes"], facts.grid(run)
     read = lambda indices: {"codes": codes[indices].astype(np.int32)}
-    return Source(f"codes of {split}", len(codes), (grid.height, grid.width, grid.channels), grid.values, 0, read)
+    shape, origin = (grid.height, grid.width, grid.channels), extracted.origin(run, CODES)
+    return Source(f"codes of {split}", len(codes), shape, grid.values, 0, read, fingerprint=origin)
 
 
 def autoencoder(run: Run, mesh: Mesh) -> PyTree:

@@ -89,7 +89,8 @@ def _source(run: Run, split: str) -> Source:
         return {name: np.asarray(array[indices]) for name, array in arrays.items()}
 
     shape = (grid.height, grid.width, grid.channels)
-    return Source(f"pairs of {split}", len(arrays["x"]), shape, grid.values, 0, read)
+    origin = extracted.origin(run, PAIRS)
+    return Source(f"pairs of {split}", len(arrays["x"]), shape, grid.values, 0, read, fingerprint=origin)
 
 
 def make(run: Run) -> Model:

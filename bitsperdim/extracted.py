@@ -104,6 +104,11 @@ def open_arrays(run: Run, extraction: Extraction, split: str) -> dict[str, np.nd
     return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("*.npy"))}
 
 
+def origin(run: Run, extraction: Extraction) -> str:
+    """The fingerprint of the model that extracted: of a `Source`, so that no stage goes on with what another made."""
+    return run_lib.read_json(run.folder(extraction.name) / "info.json", INFO)["fingerprint"]
+
+
 def source_state(run: Run, extraction: Extraction, mesh: Mesh) -> PyTree:
     """The model that extracted (`step`, `ema`, `extra`); InputError where the run's is another one by now.
 

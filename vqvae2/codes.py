@@ -64,7 +64,8 @@ def open_codes(run: Run, split: str) -> Source:
         return {name: array[indices].astype(np.int32) for name, array in arrays.items()}
 
     levels, num_classes = run.config.autoencoder.model.num_codes, facts.of_run(run).num_classes
-    return Source(f"codes of {split}", size, (grid[0], grid[1], 1), levels, num_classes, read)
+    origin = extracted.origin(run, _extraction(run))
+    return Source(f"codes of {split}", size, (grid[0], grid[1], 1), levels, num_classes, read, fingerprint=origin)
 
 
 def autoencoder(run: Run, mesh: Mesh) -> PyTree:

@@ -429,3 +429,16 @@ def test_codes_are_not_made_of_other_images_than_the_autoencoder_saw(autoencoder
     with pytest.raises(InputError, match=r"the evaluation images of .*autoencoder have changed since it began \(size"):
         codes.extract(autoencoder_only, mesh, lambda: None)
     assert not codes.is_extracted(autoencoder_only)
+
+
+def test_a_prior_does_not_go_on_with_codes_of_another_autoencoder(run, tmp_path):
+    shutil.copytree(run.workdir, tmp_path / "run")
+    copy = run_lib.open_run(tmp_path / "run")
+    path = copy.folder("top") / "sources.json"
+    values = json.loads(path.read_text())
+    made_by = json.loads((copy.folder("codes") / "info.json").read_text())["fingerprint"]
+    assert {values[split]["fingerprint"] for split in codes.SPLITS} == {made_by}
+    values["train"]["fingerprint"] = values["evaluation"]["fingerprint"] = "of another one"
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"top have changed since it began \(fingerprint of another one ->"):
+        trainer.evaluate(copy, "evaluation")
