@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from bitsperdim.config import one_of
 from bitsperdim.errors import InputError
 
 NAMES = ("adam", "adamw", "adamax")
@@ -40,8 +41,7 @@ class OptimConfig:
     decay_mask: str = r"(^|/)kernel$"  # regex, searched in paths such as 'encoder/conv_0/kernel': what decays
 
     def __post_init__(self):
-        _require(self.name in NAMES, "name", f"be one of {', '.join(NAMES)}", self.name)
-        _require(self.schedule in SCHEDULES, "schedule", f"be one of {', '.join(SCHEDULES)}", self.schedule)
+        one_of(self, name=NAMES, schedule=SCHEDULES)
         # Zero is allowed: it freezes the parameters while statistics (codebooks, BatchNorm) still move.
         _require(0.0 <= self.learning_rate < math.inf, "learning_rate", "be finite and >= 0", self.learning_rate)
         for key in ("warmup_steps", "hidden_units", "cosine_start", "cosine_steps"):

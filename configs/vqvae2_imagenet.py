@@ -3,8 +3,9 @@
     python train.py --config=configs/vqvae2_imagenet.py --config.data.data_dir=$HOME/tensorflow_datasets
     python train.py --config=configs/vqvae2_imagenet.py:table4_b128_h256_r1024_a2 --stage=top
 
-Meant for: 8 accelerators of 16 GB (parameters sharded over all of them, bfloat16, micro-batches); the paper had 8 TPU
-cores for the autoencoder and 128 for the priors. `:small_prior` for one GPU.
+Meant for: 8 accelerators of 16 GB (parameters sharded over all of them, bfloat16, micro-batches). What they need was
+not measured: where memory lacks, raise `train.accumulation`. The paper had 8 TPU cores for the autoencoder and 128 for
+the priors. `:small_prior` for one GPU.
 Reach: validation MSE 0.0050, top 3.41 and bottom 3.45 nats per code (from the paper; not yet reproduced here). Table 4
 gives the top prior's after 64 epochs and after a million steps; evaluations fall on both (within 0.1%). Its last row
 (batch 1024, 512/2048, 4 attentions) is this config's top prior: 3.49 after 80,000 steps, 3.42 after 1,000,000.
