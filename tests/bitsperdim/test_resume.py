@@ -187,7 +187,7 @@ IMPORT_SLOWLY = """
         def find_spec(self, name, *_):
             if name == "jax":
                 print("importing jax", file=sys.stderr, flush=True)
-                time.sleep(30)
+                time.sleep(3600)
 
     sys.meta_path.insert(0, Slow())
 """
@@ -198,7 +198,7 @@ OPEN_SLOWLY = """
     def open_slowly(*_):
         try:
             print("opening the data", file=sys.stderr, flush=True)
-            time.sleep(30)
+            time.sleep(3600)
         except Exception:  # as a reader of files has it
             print("taken for an error of the reader", file=sys.stderr)
 
@@ -209,16 +209,14 @@ OPEN_SLOWLY = """
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("before, moment", [(IMPORT_SLOWLY, "importing"), (OPEN_SLOWLY, "opening")])
 def test_told_to_stop_before_it_trains_it_ends_at_once_with_3_and_leaves_nothing(tmp_path, before, moment, number):
-    began = time.monotonic()
     with start(tmp_path / "run", before) as process:
         read_until(process, moment)
         process.send_signal(number)
-        _, said = process.communicate()
+        _, said = process.communicate(timeout=600)  # far less than what it is held up for
     assert (process.returncode, said.splitlines()) == (
         3,
         [f"stopped by {number.name}; the same command goes on from what is saved"],
     )
-    assert time.monotonic() - began < 25
     assert list(tmp_path.iterdir()) == []
 
 

@@ -138,7 +138,7 @@ print(source.read(range(1500))["image"].sum(), "tensorflow_datasets" in sys.modu
 def test_two_processes_may_make_one_cache_and_the_next_needs_no_tfds(tfds_dir, tmp_path):
     command = [sys.executable, "-c", OPEN, str(tfds_dir), str(tmp_path)]
     racing = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0].split() for process in racing]
+    outputs = [process.communicate(timeout=600)[0].split() for process in racing]
     assert [process.returncode for process in racing] == [0, 0]
     (folder,) = tmp_path.iterdir()
     total = str(np.load(folder / "images.npy").sum())
