@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bitsperdim.batch_norm import BatchNorm
+from bitsperdim.strided import DoublingConv, HalvingConv
 
 
 class BasicBlock(nn.Module):
@@ -36,8 +37,8 @@ class Encoder(nn.Module):
         half, full = self.width // 2, self.width
         for name in ("conv_1", "conv_2"):
             x = nn.relu(nn.Conv(half, (3, 3), name=name)(x))
-        x = nn.relu(nn.Conv(half, (4, 4), (2, 2), padding=1, name="down_1")(x))
-        x = nn.relu(nn.Conv(full, (4, 4), (2, 2), padding=1, name="down_2")(x))
+        x = nn.relu(HalvingConv(half, name="down_1")(x))
+        x = nn.relu(HalvingConv(full, name="down_2")(x))
         for name in ("block_1", "block_2"):
             x = BasicBlock(name=name)(x, train)
         x = nn.Conv(self.channels * self.categories, (1, 1), name="to_codes")(x)
@@ -56,8 +57,8 @@ class Decoder(nn.Module):
         x = nn.relu(nn.Conv(full, (1, 1), name="from_codes")(codes.reshape(*codes.shape[:3], -1)))
         for name in ("block_1", "block_2"):
             x = BasicBlock(name=name)(x, train)
-        x = nn.relu(nn.ConvTranspose(full, (4, 4), (2, 2), name="up_1")(x))
-        x = nn.relu(nn.ConvTranspose(half, (4, 4), (2, 2), name="up_2")(x))
+        x = nn.relu(DoublingConv(full, name="up_1")(x))
+        x = nn.relu(DoublingConv(half, name="up_2")(x))
         x = nn.relu(nn.Conv(half, (3, 3), name="conv_1")(x))
         return nn.Conv(self.image_channels, (3, 3), name="conv_2")(x)
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bitsperdim.strided import DoublingConv, HalvingConv
 from vqvae2 import quantizer
 from vqvae2.quantizer import Quantized
 
@@ -55,7 +56,7 @@ class Encoder(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h/s w/s d"]:
         for i in range(_octaves(self.stride)):
             width = self.hidden // 2 if i == 0 else self.hidden
-            x = nn.relu(nn.Conv(width, (4, 4), (2, 2), dtype=self.dtype, name=f"down_{i}")(x))
+            x = nn.relu(HalvingConv(width, self.dtype, name=f"down_{i}")(x))
         x = nn.Conv(self.hidden, (3, 3), dtype=self.dtype, name="conv")(x)
         return ResidualStack(self.layers, self.residual, self.dtype, name="residual")(x)
 
@@ -77,7 +78,7 @@ class Decoder(nn.Module):
         x = ResidualStack(self.layers, self.residual, self.dtype, name="residual")(x)
         widths = ([self.hidden] * octaves + [self.hidden // 2, self.features])[-octaves:]
         for i, width in enumerate(widths):
-            x = nn.ConvTranspose(width, (4, 4), (2, 2), dtype=self.dtype, name=f"up_{i}")(x if i == 0 else nn.relu(x))
+            x = DoublingConv(width, self.dtype, name=f"up_{i}")(x if i == 0 else nn.relu(x))
         return x
 
 
@@ -90,7 +91,7 @@ class Upsampler(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h*s w*s d"]:
         for i in range(_octaves(self.stride)):
-            x = nn.ConvTranspose(x.shape[-1], (4, 4), (2, 2), dtype=self.dtype, name=f"up_{i}")(x)
+            x = DoublingConv(x.shape[-1], self.dtype, name=f"up_{i}")(x)
         return x
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bitsperdim.batch_norm import BatchNorm
+from bitsperdim.strided import DoublingConv
 from vqvae2.embedding import Embedding
 
 
@@ -106,5 +107,5 @@ class Conditioner(nn.Module):
             maps.append(Embedding(self.num_codes, self.embedding, self.dtype, name=f"embedding_{i}")(repeated))
         x = self.stack(jnp.concatenate(maps, -1), train)
         for i in range(self.octaves):
-            x = nn.ConvTranspose(x.shape[-1], (4, 4), (2, 2), dtype=self.dtype, name=f"up_{i}")(x)
+            x = DoublingConv(x.shape[-1], self.dtype, name=f"up_{i}")(x)
         return x

@@ -1,0 +1,33 @@
+"""Convolutions over blocks of pixels against those of flax: parameters, results, gradients."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bitsperdim.strided import DoublingConv, HalvingConv
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        (HalvingConv(5), nn.Conv(5, (4, 4), (2, 2))),
+        (DoublingConv(5), nn.ConvTranspose(5, (4, 4), (2, 2))),
+    ],
+    ids=["halving", "doubling"],
+)
+def test_equals_the_convolution_of_flax(ours, theirs, assert_same_bits):
+    x = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
+    params = theirs.init(jax.random.key(1), x)
+    assert_same_bits(ours.init(jax.random.key(1), x), params)
+    params["params"]["bias"] += jnp.arange(5.0)
+
+    def value(net):
+        weights = jnp.cos(jnp.arange(net.apply(params, x).size))
+        return jax.value_and_grad(lambda params, x: (net.apply(params, x).ravel() * weights).sum(), (0, 1))(params, x)
+
+    np.testing.assert_allclose(ours.apply(params, x), theirs.apply(params, x), rtol=1e-5, atol=1e-5)
+    for got, expected in zip(*(jax.tree.leaves(value(net)) for net in (ours, theirs)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert ours.clone(dtype=jnp.bfloat16).apply(params, x).dtype == jnp.bfloat16
