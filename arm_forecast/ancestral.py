@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from arm_forecast import gumbel, incremental, networks
-from arm_forecast.engine import Samples
+from arm_forecast.engine import Samples, check_values
 from arm_forecast.pixelcnn import Grid, NetworkConfig
 from bitsperdim import sharding
 
@@ -66,9 +66,13 @@ def sampler(
         cells = incremental.cells_start(params["arm"], config, grid, num_samples)
         start = x, cells, jnp.full(num_samples, jnp.inf), jnp.zeros(num_samples)
         x, _, margin, log_prob = jax.lax.fori_loop(0, grid.height * grid.width, pixel, start)
-        order = jnp.cumsum(given < 0, axis=1, dtype=jnp.int32)
-        calls = order[:, -1]
-        return Samples(x.reshape(num_samples, -1), order, calls, margin, log_prob, jnp.int32(num_dims))
+        # One evaluation serves all channels of a mixture of logistics, one dimension of a categorical output.
+        together = 1 if config.output == "categorical" else grid.channels
+        needed = (given < 0).reshape(num_samples, -1, together).any(-1)
+        call_of = jnp.cumsum(needed, axis=1, dtype=jnp.int32)
+        evaluations = jnp.int32(num_dims // together)
+        x, calls = x.reshape(num_samples, -1), call_of[:, -1]
+        return Samples(x, call_of.repeat(together, 1), calls, margin, log_prob, evaluations)
 
     def draw(
         params: PyTree,
@@ -79,7 +83,8 @@ def sampler(
         temperature: float = 1.0,
     ) -> Samples:
         gumbel.check_options(temperature, top_k, top_p)
-        known = jnp.broadcast_to(jnp.asarray(-1 if given is None else given, jnp.int32), (num_samples, num_dims))
+        known = check_values(-1 if given is None else given, "given", -1, (num_samples, num_dims, grid.values))
+        known = jnp.broadcast_to(known, (num_samples, num_dims))
         return run(params, key, known, jnp.int32(first_id), jnp.float32(temperature))
 
     return draw

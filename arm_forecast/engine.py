@@ -187,8 +187,9 @@ def sampler(
         for leaf in jax.tree.leaves(context):
             if jnp.shape(leaf)[:1] != (num_samples,):
                 raise InputError(f"context must hold {num_samples} rows, one a sample; not the shape {jnp.shape(leaf)}")
-        known = _values(-1 if given is None else given, "given", -1, plan)
-        first = _values(init, "init", 0, plan)
+        sizes = num_samples, network.num_dims, network.num_values
+        known = check_values(-1 if given is None else given, "given", -1, sizes)
+        first = check_values(init, "init", 0, sizes)
         return run(_Job(params, key, context, known, first, jnp.int32(first_id), jnp.float32(temperature)))
 
     return draw
@@ -381,13 +382,16 @@ def _check_sizes(network: Network, num_samples: int, batch: int) -> None:
         )
 
 
-def _values(values: ArrayLike, name: str, lowest: int, plan: _Plan) -> Int[Array, "_ d"]:
-    """[n d], or [1 d] for all samples alike; InputError for other shapes and for what is no value."""
-    num_dims, num_values = plan.network.num_dims, plan.network.num_values
+def check_values(values: ArrayLike, name: str, lowest: int, sizes: tuple[int, int, int]) -> Int[Array, "_ d"]:
+    """[n d], or [1 d] for all samples alike; InputError for other shapes and for what is no value.
+
+    `sizes`: the numbers of samples, of dimensions and of values.
+    """
+    num_samples, num_dims, num_values = sizes
     shape = jnp.shape(values)
-    if shape not in ((), (num_dims,), (1, num_dims), (plan.num_samples, num_dims)):
+    if shape not in ((), (num_dims,), (1, num_dims), (num_samples, num_dims)):
         raise InputError(
-            f"{name} must have the shape [{plan.num_samples}, {num_dims}], or [{num_dims}] for all samples, not {shape}"
+            f"{name} must have the shape [{num_samples}, {num_dims}], or [{num_dims}] for all samples, not {shape}"
         )
     if not isinstance(values, Tracer):
         host = np.asarray(values)

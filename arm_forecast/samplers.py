@@ -111,9 +111,12 @@ def compiled(
     mesh: Mesh | None = None,
     **options: Any,
 ) -> Callable[..., Samples]:
-    """draw(prepared params, key, given, first_id, temperature) -> Samples; `options` are those of `engine.sampler`."""
+    """draw(prepared params, key, given, first_id, temperature) -> Samples.
+
+    `options` are further ones of `engine.sampler`; 'cached' has none.
+    """
     if sampler.name == "cached":
-        return ancestral.sampler(config, grid, num_samples, top_k=top_k, top_p=top_p, mesh=mesh)
+        return ancestral.sampler(config, grid, num_samples, top_k=top_k, top_p=top_p, mesh=mesh, **options)
     network = networks.windowed(config, grid, sampler.rows) if sampler.rows else networks.whole(config, grid)
     return engine.sampler(
         network,
@@ -162,9 +165,14 @@ def draw(
     options = {"top_k": top_k, "top_p": top_p, "mesh": mesh}
     some = compiled(arm.config, arm.modules, arm.grid, sampler, chunk, batch, **options)
     report, parts = metrics.counting("samples", n, run_lib.stream()), []
+    num_dims = arm.grid.height * arm.grid.width * arm.grid.channels
+    given = np.full((1, num_dims), -1, np.int32) if given is None else given
     for start in range(0, n, chunk):
-        # The last chunk is drawn whole, as another shape would be another program to compile.
-        known = None if given is None else given[np.minimum(np.arange(start, start + chunk), len(given) - 1)]
+        ids = np.arange(start, start + chunk)
+        known = given[np.minimum(ids, len(given) - 1)]
+        # The last chunk is drawn whole, as another shape would be another program to compile. What is not wanted of it
+        # is all given, so that no call waits for it.
+        known[ids >= n] = 0
         parts.append(jax.device_get(some(arm.params, key, given=known, first_id=start, temperature=temperature)))
         report(min(start + chunk, n))
     joined = {name: np.concatenate([getattr(part, name) for part in parts])[:n] for name in Samples._fields[:-1]}

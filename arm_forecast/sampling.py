@@ -87,13 +87,16 @@ def load(run: Run, mesh: Mesh) -> Loaded:
 
 
 def describe(samples: Samples) -> dict[str, Any]:
-    """Calls of the network and how safely the samples are those that any other sampler would draw."""
-    num_dims = samples.x.shape[1]
+    """Calls of the network and how safely the samples are those that any other sampler would draw.
+
+    `smallest_margin` is None where no value had a rival, as under top_k = 1.
+    """
+    num_dims, margin = samples.x.shape[1], float(np.min(samples.margin))
     return {
         "network_calls": int(samples.network_calls),
         "calls_per_image": float(np.mean(samples.calls)),
         "calls_in_percent_of_dims": 100.0 * float(np.mean(samples.calls)) / num_dims,
-        "smallest_margin": float(np.min(samples.margin)),
+        "smallest_margin": margin if math.isfinite(margin) else None,
         "mean_log_prob_nats": float(np.mean(samples.log_prob)),
     }
 
@@ -140,7 +143,7 @@ def _given(given: np.ndarray, n: int, grid: Grid, latent: bool) -> Int[np.ndarra
     if latent:
         raise InputError("given pixels mean nothing to a model of codes; give them to a run without autoencoder")
     shape, found = (grid.height, grid.width, grid.channels), np.asarray(given)
-    if found.shape not in (shape, (n, *shape)) or not np.issubdtype(found.dtype, np.integer):
+    if found.shape not in (shape, (1, *shape), (n, *shape)) or not np.issubdtype(found.dtype, np.integer):
         raise InputError(
             f"given must be integers {list(shape)} or {[n, *shape]}, -1 where free, "
             f"not {found.dtype} {list(found.shape)}"

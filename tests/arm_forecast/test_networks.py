@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arm_forecast import engine, forecasters, modules, networks
+from arm_forecast import ancestral, engine, forecasters, modules, networks
 from arm_forecast.config import ModulesConfig
 from arm_forecast.forecasters import Call
+from arm_forecast.pixelcnn import Grid, NetworkConfig
+from bitsperdim.errors import InputError
 from tests.arm_forecast import toys
 
 
@@ -98,3 +100,26 @@ def test_the_modules_see_at_one_pixel_what_they_see_in_whole_images(case, inputs
     # At a pixel whose own channels are all unknown only its first channel is forecast from the same inputs.
     for lane, (row, column) in enumerate([(4, 0), (6, 7)]):
         np.testing.assert_allclose(found[lane, :, 0], expected[lane, row, column, :, 0], atol=1e-5)
+
+
+def test_one_evaluation_of_a_mixture_serves_all_channels_of_a_pixel(random_params):
+    config, grid = NetworkConfig(resnets=1, filters=6, output="dmol", mixtures=2), Grid(4, 4, 3, 4)
+    params = networks.prepared({"arm": random_params(config, grid)}, config, grid)
+    given = np.full(48, -1)
+    given[:9] = 1
+    known = {"given": given, "temperature": 0.7}
+    cached = ancestral.sampler(config, grid, 2)(params, jax.random.key(0), **known)
+    whole = engine.sampler(networks.whole(config, grid), forecasters.fixed_point(), 2, 2)
+    whole = whole(params, jax.random.key(0), **known)
+    np.testing.assert_array_equal(cached.x, whole.x)
+    np.testing.assert_array_equal(cached.calls, [13, 13])
+    np.testing.assert_array_equal(cached.call_of[0], np.maximum(np.arange(48) // 3 - 2, 0))
+    assert cached.network_calls == 16
+    np.testing.assert_allclose(cached.margin, whole.margin, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", [np.zeros(47, int), np.full(48, 4), np.zeros(48)])
+def test_cached_sampling_refuses_what_cannot_be_given(given):
+    draw = ancestral.sampler(NetworkConfig(resnets=1, filters=6), Grid(4, 4, 3, 4), 2)
+    with pytest.raises(InputError, match="given must"):
+        draw({}, jax.random.key(0), given=given)

@@ -99,7 +99,23 @@ def test_given_pixels_stay_and_the_rest_is_drawn(loaded, drawn, sampler):
 def test_temperature_zero_is_greedy(loaded):
     greedy = loaded.sample(jax.random.key(0), 2, temperature=0.0)
     np.testing.assert_array_equal(greedy[0], greedy[1])
-    np.testing.assert_array_equal(loaded.sample(jax.random.key(1), 1, top_k=1), greedy[:1])
+    images, about = loaded.draw(jax.random.key(1), 1, top_k=1)
+    np.testing.assert_array_equal(images, greedy[:1])
+    assert about["smallest_margin"] is None  # no value had a rival
+
+
+def test_no_call_waits_for_what_a_last_chunk_has_too_much(loaded, run, drawn, monkeypatch):
+    monkeypatch.setattr(samplers, "CHUNK", 1)
+    arm = sampling.restore(run, sharding.make_mesh(run.config.mesh))
+    samples = samplers.draw(arm, samplers.Sampler("fixed_point"), jax.random.key(10), 9, 8)
+    np.testing.assert_array_equal(samples.x[:5].reshape(5, 8, 8, 1), drawn[0])
+    assert samples.network_calls == samples.calls[:8].max() + samples.calls[8:].max()
+
+
+def test_one_given_image_serves_all_samples(loaded, drawn):
+    given = np.where(np.arange(8)[:, None, None] < 3, drawn[0][:1].astype(int), -1)
+    whole = loaded.sample(jax.random.key(10), 2, given=given)
+    np.testing.assert_array_equal(whole, loaded.sample(jax.random.key(10), 2, given=given[0]))
 
 
 @pytest.mark.parametrize(
