@@ -2,8 +2,11 @@
 
 Source: Razavi et al. 2019, section 3.1 and algorithm 1, supplement table 3; what the paper leaves open (4x4 strided
 convolutions, pre-activation residual blocks) follows DeepMind's public single-level notebook.
-Codebooks are arguments, not parameters: they learn by moving averages (`quantizer.py`). Not here: the loss.
+Codebooks are arguments, not parameters: they learn by moving averages (`quantizer.py`). Not here: the loss, and the
+kinds of quantiser (`quantizers.py`).
 """
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -117,6 +120,7 @@ class Autoencoder(nn.Module):
     code_dim: int = 64
     channels: int = 3
     dtype: jnp.dtype = jnp.float32
+    quantize: Callable[[Float[Array, "k d"], Float[Array, "b h w d"]], Quantized] = quantizer.quantize
 
     @property
     def levels(self) -> tuple[str, ...]:
@@ -152,7 +156,7 @@ class Autoencoder(nn.Module):
         z, quantized, context, decoded = {}, {}, {}, []
         for level in self.levels:
             z[level] = self.to_code[level](jnp.concatenate([*decoded, hidden[level]], -1))
-            quantized[level] = quantizer.quantize(embeddings[level], z[level])
+            quantized[level] = self.quantize(embeddings[level], z[level])
             context = self._extend(context, level, quantized[level].straight_through)
             decoded = [self.decoders[level](jnp.concatenate(list(context.values()), -1))]
         return decoded[0].astype(jnp.float32), z, quantized

@@ -1,10 +1,9 @@
 """Stage `autoencoder`: the loss of the hierarchical autoencoder, its codebooks as running averages, its pictures.
 
 Source: Razavi et al. 2019, eq. 2 with the codebook term replaced by moving averages, and algorithm 1.
-Not here: the networks (`autoencoder.py`) and the quantiser (`quantizer.py`).
+Not here: the networks (`autoencoder.py`) and the quantisers (`quantizers.py`).
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -18,13 +17,13 @@ from bitsperdim.errors import InputError
 from bitsperdim.model import Aux, Batch, Model, Pictures, Stage
 from bitsperdim.run import Run
 from vqvae2 import facts as facts_lib
-from vqvae2 import quantizer
+from vqvae2 import quantizer, quantizers
 from vqvae2.autoencoder import Autoencoder
 from vqvae2.config import AutoencoderConfig, Config
 from vqvae2.facts import Facts
 
 NUM_PICTURES = 32
-CHUNK = 64  # images encoded or decoded at once
+NUM_BY_LEVEL = 8  # of them, reconstructed from the first levels alone too
 
 
 def stage(config: Config) -> Stage:
@@ -48,6 +47,7 @@ def network(config: AutoencoderConfig, facts: Facts) -> Autoencoder:
         code_dim=config.code_dim,
         channels=facts.shape[-1],
         dtype=jnp.dtype(config.dtype),
+        quantize=quantizers.make(config).quantize,
     )
 
 
@@ -55,9 +55,9 @@ def make(config: AutoencoderConfig, facts: Facts, batch_size: int) -> Model:
     """L = |x - x^|^2 / variance + beta sum_l |sg(e_l) - z_l|^2, each a mean over elements and examples.
 
     x in [-1, 1). `extra` holds a `Codebook` per level; it is updated after the forward pass, from sums over the global
-    batch, so the output and the loss use the codebook before the update.
+    batch, so the output and the loss use the codebook before the update. Commitment is 0 with finite scalars.
     """
-    net = network(config, facts)
+    net, kind = network(config, facts), quantizers.make(config)
     if (config.colour.hue or config.colour.saturation) and facts.shape[-1] != 3:
         raise InputError(
             f"autoencoder.model.colour changes hue or saturation, but images have {facts.shape[-1]} channel(s); set "
@@ -66,7 +66,7 @@ def make(config: AutoencoderConfig, facts: Facts, batch_size: int) -> Model:
 
     def init(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
         keys = dict(zip(net.levels, jax.random.split(rng.for_purpose(key, "codebooks"), len(net.levels)), strict=True))
-        codebooks = {level: quantizer.init(keys[level], config.num_codes, config.code_dim) for level in net.levels}
+        codebooks = {level: kind.init(keys[level]) for level in net.levels}
         x = jnp.zeros((1, *facts.shape))
         params = net.init(rng.for_purpose(key, "parameters"), x, embeddings(codebooks))["params"]
         return params, {"codebooks": codebooks}
@@ -75,6 +75,11 @@ def make(config: AutoencoderConfig, facts: Facts, batch_size: int) -> Model:
         reconstruction, z, quantized = net.apply({"params": params}, x, embeddings(extra["codebooks"]))  # pyright: ignore
         parts = {"mse": jnp.square(reconstruction - x).mean((1, 2, 3))}
         parts |= {f"commitment_{level}": quantized[level].squared_error for level in net.levels}
+        for level, codebook in extra["codebooks"].items():
+            # The same for every example: figures of a batch are means of parts.
+            norms = jnp.linalg.norm(codebook.embedding, axis=-1)
+            parts |= {f"norm_mean_{level}": jnp.broadcast_to(norms.mean(), len(x))}
+            parts |= {f"norm_max_{level}": jnp.broadcast_to(norms.max(), len(x))}
         # Enough to know the variance of whatever images the mean is taken over.
         return parts | {"pixel_mean": x.mean((1, 2, 3)), "pixel_square": jnp.square(x).mean((1, 2, 3))}, z, quantized
 
@@ -87,7 +92,7 @@ def make(config: AutoencoderConfig, facts: Facts, batch_size: int) -> Model:
             x = 2.0 * colours - 1.0
         parts, z, quantized = forward(params, extra, x)
         statistics = {
-            level: quantizer.statistics(
+            level: kind.statistics(
                 z[level],
                 quantized[level].codes,
                 num_codes=config.num_codes,
@@ -109,13 +114,7 @@ def make(config: AutoencoderConfig, facts: Facts, batch_size: int) -> Model:
         return Aux(parts, {level: (mask * count(quantized[level].codes)).sum(0) for level in net.levels}, ())
 
     def update_extra(extra: PyTree, statistics: PyTree, key: Array, step: Array) -> PyTree:
-        update = functools.partial(
-            quantizer.update,
-            decay=config.codebook_decay,
-            epsilon=config.codebook_epsilon,
-            revival_threshold=config.revival_threshold,
-        )
-        return {"codebooks": {level: update(extra["codebooks"][level], statistics[level]) for level in net.levels}}
+        return {"codebooks": {level: kind.update(extra["codebooks"][level], statistics[level]) for level in net.levels}}
 
     return Model(init, loss, measure, _summarize, update_extra)
 
@@ -135,7 +134,11 @@ def to_picture(x: Float[Array, "b h w c"], levels: int) -> UInt8[Array, "b h w c
 
 
 def _summarize(parts: dict[str, float], tallies: dict[str, np.ndarray]) -> dict[str, float]:
-    """`mse` in the range [-1, 1), and over the variance of the very images it was taken over; use of the codebooks."""
+    """`mse` in the range [-1, 1), and over the variance of the very images it was taken over; use of the codebooks.
+
+    `psnr_db` is 10 log10(peak^2 / mse) of the mean error, with the peak 2 of that range: the figure that images in
+    [0, 1] with a peak of 1 have.
+    """
     variance = parts["pixel_square"] - parts["pixel_mean"] ** 2
     figures = {"mse": parts["mse"], "mse_over_variance": parts["mse"] / variance}
     figures["psnr_db"] = float(10.0 * np.log10(4.0 / parts["mse"]))
@@ -143,6 +146,8 @@ def _summarize(parts: dict[str, float], tallies: dict[str, np.ndarray]) -> dict[
         figures[f"commitment_{level}"] = parts[f"commitment_{level}"]
         figures[f"perplexity_codes_{level}"] = float(quantizer.perplexity(jnp.asarray(counts)))
         figures[f"used_codes_{level}"] = int(quantizer.codes_in_use(jnp.asarray(counts)))
+        figures[f"codebook_norm_mean_{level}"] = parts[f"norm_mean_{level}"]
+        figures[f"codebook_norm_max_{level}"] = parts[f"norm_max_{level}"]
     return figures
 
 
@@ -165,15 +170,14 @@ def coder(run: Run) -> Coder:
         x = to_input(image, about.levels)
         return net.apply({"params": params}, x, embeddings(extra["codebooks"]), method="encode")  # pyright: ignore
 
+    # Which levels are given is an argument: one program for all choices.
     @jax.jit
-    def decoded(params: PyTree, extra: PyTree, given: dict[str, Array]) -> Array:
-        codebooks, batch = extra["codebooks"], len(next(iter(given.values())))
-        tables = embeddings(codebooks)
-        for level in [level for level in grids if level not in given]:
-            mean = codebooks[level].ema_sums.sum(0) / codebooks[level].ema_counts.sum()
-            tables[level] = jnp.broadcast_to(mean, tables[level].shape)
-            given = given | {level: jnp.zeros((batch, *grids[level]), jnp.int32)}
-        return to_picture(net.apply({"params": params}, given, tables, method="decode"), about.levels)  # pyright: ignore
+    def decoded(params: PyTree, extra: PyTree, codes: dict[str, Array], given: dict[str, Array]) -> Array:
+        tables = {
+            level: jnp.where(given[level], codebook.embedding, quantizer.mean_vector(codebook))
+            for level, codebook in extra["codebooks"].items()
+        }
+        return to_picture(net.apply({"params": params}, codes, tables, method="decode"), about.levels)  # pyright: ignore
 
     def encode(params, extra, images):
         images = np.asarray(images)
@@ -182,7 +186,7 @@ def coder(run: Run) -> Coder:
                 f"images must be uint8 {['n', *about.shape]} with levels below {about.levels}, "
                 f"not {images.dtype} {list(images.shape)} up to {images.max(initial=0)}"
             )
-        return _in_chunks(lambda images: encoded(params, extra, images), images)
+        return _in_chunks(lambda images: encoded(params, extra, images), images, facts_lib.at_once(about.shape))
 
     def decode(params, extra, codes):
         if not isinstance(codes, Mapping):
@@ -203,29 +207,42 @@ def coder(run: Run) -> Coder:
         if len({len(grid) for grid in codes.values()}) > 1:
             given = ", ".join(f"{level} {len(grid)}" for level, grid in codes.items())
             raise InputError(f"there must be as many codes of each level, not {given}")
-        return _in_chunks(lambda codes: decoded(params, extra, codes), codes)
+        given = {level: np.bool_(level in codes) for level in grids}
+        count = len(next(iter(codes.values())))
+        filled = {level: np.zeros((count, *grid), np.int32) for level, grid in grids.items()} | codes
+        rows = {level: grid.astype(np.int32) for level, grid in filled.items()}
+        return _in_chunks(lambda codes: decoded(params, extra, codes, given), rows, facts_lib.at_once(about.shape))
 
     return Coder(encode, decode)
 
 
-def _in_chunks(function: Callable[[PyTree], PyTree], rows: PyTree) -> PyTree:
-    """`function` of at most CHUNK rows at a time, as numpy, so that any number of them fits into memory."""
+def _in_chunks(function: Callable[[PyTree], PyTree], rows: PyTree, size: int) -> PyTree:
+    """`function` of at most `size` rows at a time, as numpy, so that any number of them fits into memory."""
     count = len(jax.tree.leaves(rows)[0])
     # The last chunk is filled up: another size would be another program to compile.
-    places = np.minimum(np.arange(max(-(-count // CHUNK), 1) * min(count, CHUNK)), count - 1)
+    places = np.minimum(np.arange(max(-(-count // size), 1) * min(count, size)), count - 1)
     chosen = lambda chunk: jax.tree.map(lambda leaf: leaf[chunk], rows)
-    parts = [jax.device_get(function(chosen(chunk))) for chunk in np.split(places, range(CHUNK, len(places), CHUNK))]
+    parts = [jax.device_get(function(chosen(chunk))) for chunk in np.split(places, range(size, len(places), size))]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
 
 def _pictures(run: Run, config: Config) -> Pictures:
-    """Held-out images above their reconstructions."""
+    """Held-out images above their reconstructions; and in rows of several levels: image, from the top alone, ..., from
+    all, each with one level more and the mean vector for those that miss."""
     originals = held_out(data.open_source(config.data, "evaluation"))["image"]
     code, levels = coder(run), facts_lib.of_run(run).levels
 
     def pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
-        reconstructions = code.decode(params, extra, code.encode(params, extra, originals))
-        return {"reconstructions": images.pairs(originals, reconstructions, levels=levels)}
+        codes = code.encode(params, extra, originals)
+        reconstructions = code.decode(params, extra, codes)
+        drawn = {"reconstructions": images.pairs(originals, reconstructions, levels=levels)}
+        if len(codes) == 1:
+            return drawn
+        rows = [originals]
+        for last in range(1, len(config.levels)):
+            rows.append(code.decode(params, extra, {level: codes[level] for level in config.levels[:last]}))
+        tiles = np.stack([*rows, reconstructions], 1)[:NUM_BY_LEVEL].reshape(-1, *originals.shape[1:])
+        return drawn | {"reconstructions_by_level": images.grid(tiles, columns=len(rows) + 1, levels=levels)}
 
     return pictures
 

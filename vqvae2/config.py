@@ -25,10 +25,17 @@ class AutoencoderConfig:
     residual_layers: int = 2
     code_dim: int = 64
     num_codes: int = 512
+    # 'ema': Euclidean codes that follow moving averages, the paper's. 'cosine': vectors and codes at unit length, which
+    # keep more of a large codebook in use, best with a small code_dim. 'fsq': rounded channels, nothing to learn; of
+    # the values below fsq_levels alone matters.
+    quantizer: str = "ema"
+    fsq_levels: tuple[int, ...] = (8, 8, 8)  # values of each channel: code_dim of them, whose product is num_codes
     commitment: float = 0.25  # beta
     # DeepMind's notebook divides the squared error by the variance of the data, which makes beta independent of the
     # pixel range; the supplement does not say. False: the plain squared error.
     scale_by_variance: bool = True
+    codebook_init: str = "uniform"  # or 'kmeans': one iteration on each of the first kmeans_iterations batches
+    kmeans_iterations: int = 10
     codebook_decay: float = 0.99
     codebook_epsilon: float = 1e-5
     revival_threshold: float = (
@@ -39,7 +46,7 @@ class AutoencoderConfig:
     dtype: str = "float32"  # of the convolutions; or 'bfloat16'. Parameters, quantiser and loss stay float32
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "hidden", "residual", "residual_layers", "code_dim")
+        at_least(self, 1, "hidden", "residual", "residual_layers", "code_dim", "kmeans_iterations")
         if not 2 <= self.num_codes <= 2**16:
             raise ValueError(f"num_codes must lie in 2..65536, not {self.num_codes}")
         if not self.strides:
@@ -48,6 +55,9 @@ class AutoencoderConfig:
             if stride < 2 or stride & (stride - 1):
                 raise ValueError(f"strides must be powers of two, not {self.strides}")
         one_of(self, dtype=("float32", "bfloat16"))
+        one_of(self, quantizer=("ema", "cosine", "fsq"), codebook_init=("uniform", "kmeans"))
+        if self.quantizer == "fsq":
+            self._check_fsq()
         if not 0 <= self.commitment < math.inf:
             raise ValueError(f"commitment must be finite and at least 0, not {self.commitment}")
         if not 0 < self.codebook_epsilon < math.inf:
@@ -56,6 +66,21 @@ class AutoencoderConfig:
             raise ValueError(f"codebook_decay must lie in (0, 1), not {self.codebook_decay}")
         if not 0 <= self.revival_threshold < 1:
             raise ValueError(f"revival_threshold must lie in [0, 1), not {self.revival_threshold}")
+
+    def _check_fsq(self) -> None:
+        levels = self.fsq_levels
+        if not levels or min(levels) < 3:
+            raise ValueError(f"fsq_levels must be numbers from 3 on, one for each channel, not {levels}")
+        if (len(levels), math.prod(levels)) != (self.code_dim, self.num_codes):
+            raise ValueError(
+                f"fsq_levels={levels} makes code_dim={len(levels)} and num_codes={math.prod(levels)}, "
+                f"not code_dim={self.code_dim} and num_codes={self.num_codes}; set all three alike"
+            )
+        if self.codebook_init != "uniform":
+            raise ValueError(
+                f"codebook_init must be 'uniform' with quantizer='fsq', which has no codebook to start, "
+                f"not '{self.codebook_init}'"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

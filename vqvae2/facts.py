@@ -12,7 +12,7 @@ from bitsperdim.errors import InputError
 from bitsperdim.run import Run
 
 VARIANCE_IMAGES = 4096
-CHUNK = 64  # images read at once
+MOST_IMAGES, MOST_PIXELS = 64, 2**22  # read, encoded or decoded at once: 64 images of 256 pixels, 4 of 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,11 @@ class Facts:
             factor *= stride
             grids[name] = (height // factor, width // factor)
         return {name: grids[name] for name in names}
+
+
+def at_once(shape: tuple[int, int, int]) -> int:
+    """How many images of this shape (height, width, channels) are handled at once, so that they fit into memory."""
+    return max(1, min(MOST_IMAGES, MOST_PIXELS // (shape[0] * shape[1])))
 
 
 @functools.lru_cache(maxsize=8)  # every stage asks for them, and measuring decodes thousands of images
@@ -64,7 +69,8 @@ def measure(source: data.Source, strides: tuple[int, ...]) -> Facts:
 def _variance(source: data.Source, indices: np.ndarray) -> float:
     """Of all values of these images. Sums of integers, a few images at a time: exact, and small in memory."""
     total = squares = count = 0
-    for start in range(0, len(indices), CHUNK):
-        values = source.read(indices[start : start + CHUNK])["image"].astype(np.int64)
+    size = at_once(source.shape)
+    for start in range(0, len(indices), size):
+        values = source.read(indices[start : start + size])["image"].astype(np.int64)
         total, squares, count = total + int(values.sum()), squares + int((values * values).sum()), count + values.size
     return (squares - total * total / count) / count

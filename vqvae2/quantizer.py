@@ -1,6 +1,7 @@
 """The vector quantiser of VQ-VAE-2 and its codebook, learned by debiased exponential moving averages.
 
-Source: van den Oord et al. 2017, section 3.2 and appendix A.1; Razavi et al. 2019, section 3.1. The averages are
+Source: van den Oord et al. 2017, section 3.2 and appendix A.1; Razavi et al. 2019, section 3.1; codes of unit length:
+Yu et al. 2022 (ViT-VQGAN), section 3.2, where they are learned by gradients, not by averages. The averages are
 debiased by 1 - decay^t as in DeepMind's code. Without that, the rule of most PyTorch ports, a code that the first
 batch does not hit jumps to some 1e5 times its size and hardly any code is used for a thousand steps.
 Not here: the commitment loss that is built from `squared_error`, and where codebooks are kept between steps.
@@ -103,8 +104,29 @@ def _candidates(
     return jnp.where(chosen[..., None], vectors, 0.0).sum(0)
 
 
+def unit(z: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    """z / |z|, in float32. The zero vector stays zero, and its gradient finite.
+
+    Among codes of unit length the nearest one to unit(z) is that of the largest cosine, and `quantize` finds it.
+    """
+    z = z.astype(jnp.float32)
+    return z * jax.lax.rsqrt(jnp.maximum(jnp.square(z).sum(-1, keepdims=True), 1e-24))
+
+
+def at_unit_length(codebook: Codebook, before: Codebook) -> Codebook:
+    """e_k <- M_k / |M_k|, the direction of the hits (spherical k-means); where that is zero e_k stays as before."""
+    is_zero = jnp.square(codebook.embedding).sum(-1, keepdims=True) == 0
+    return codebook._replace(embedding=jnp.where(is_zero, before.embedding, unit(codebook.embedding)))
+
+
 def update(
-    codebook: Codebook, statistics: Statistics, *, decay: float, epsilon: float, revival_threshold: float
+    codebook: Codebook,
+    statistics: Statistics,
+    *,
+    decay: float,
+    epsilon: float,
+    revival_threshold: float,
+    kmeans_iterations: int = 0,
 ) -> Codebook:
     """One step of the averages, new codes from them, then revival of the dead. To be called after the forward pass.
 
@@ -124,19 +146,29 @@ def update(
     threshold, in the raw buffer), so that a code that is hit soon follows its hits. Two slots may draw the same
     vector: the first wins every tie and the second is drawn again g updates later. `revival_threshold=0` turns revival
     off: the paper's rule.
+
+    k-means start. Before each of the first `kmeans_iterations` updates N and M are set to zero, and t counts from the
+    last of them. The debiased first update is e_k = s_k / n_k, a Lloyd iteration on the vectors of the global batch;
+    so this is k-means over the first batches, one iteration on each, with encoder vectors for codes that nothing hits
+    (also without revival). A pass of its own over the data before training would see the same untrained encoder, and
+    would need another program and a state to resume from. These codes are those of an encoder that has begun to learn,
+    they are the same on any devices, and a run stopped within them goes on as if it had not been.
     """
     t = codebook.updates + 1
-    counts = decay * codebook.ema_counts + (1.0 - decay) * statistics.counts
-    sums = decay * codebook.ema_sums + (1.0 - decay) * statistics.sums
-    debiased = counts / _bias(decay, t)
+    starting = t <= kmeans_iterations
+    kept = jnp.where(starting, 0.0, decay)
+    age = jnp.maximum(t - max(kmeans_iterations - 1, 0), 1)
+    counts = kept * codebook.ema_counts + (1.0 - decay) * statistics.counts
+    sums = kept * codebook.ema_sums + (1.0 - decay) * statistics.sums
+    debiased = counts / _bias(decay, age)
     total, num_codes = debiased.sum(), debiased.shape[0]
     smoothed = (debiased + epsilon) / (total + num_codes * epsilon) * total
-    embedding = sums / _bias(decay, t) / smoothed[:, None]
+    embedding = sums / _bias(decay, age) / smoothed[:, None]
 
     threshold = revival_threshold * statistics.counts.mean()
     grace = 1.0 / (1.0 - decay)
-    revived_count = threshold * _bias(decay, t + grace) / decay**grace
-    dead = debiased < threshold
+    revived_count = threshold * _bias(decay, age + grace) / decay**grace
+    dead = (debiased < threshold) | (starting & (statistics.counts == 0))
     return Codebook(
         embedding=jnp.where(dead[:, None], statistics.candidates, embedding),
         ema_counts=jnp.where(dead, revived_count, counts),
@@ -148,6 +180,11 @@ def update(
 def _bias(decay: float, t: Int[Array, ""] | Float[Array, ""]) -> Float[Array, ""]:
     """1 - decay^t, without the cancellation that costs digits in the first steps."""
     return -jnp.expm1(t * jnp.log(decay))
+
+
+def mean_vector(codebook: Codebook) -> Float[Array, " d"]:
+    """The mean of all encoder vectors, sum_k M_k / sum_k N_k; zero where there are no averages."""
+    return codebook.ema_sums.sum(0) / jnp.maximum(codebook.ema_counts.sum(), 1e-20)
 
 
 def perplexity(counts: Float[Array, " k"]) -> Float[Array, ""]:

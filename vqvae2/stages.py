@@ -20,7 +20,8 @@ def report(config: Config, measured: dict[str, Any]) -> dict[str, Any]:
     name the reconstruction, not the image itself (supplement, section E)."""
     levels = [name for name in config.levels if name in measured]
     distortion = measured.get("autoencoder", {})
-    figures: dict[str, Any] = {name: distortion[name] for name in ("mse", "mse_over_variance") if name in distortion}
+    names = ("mse", "mse_over_variance", "psnr_db")
+    figures: dict[str, Any] = {name: distortion[name] for name in names if name in distortion}
     if len(levels) == len(config.levels):
         figures["rate_bits_per_image"] = sum(measured[name]["rate_bits_per_image"] for name in levels)
     return figures | {f"nats_per_code_{name}": measured[name]["nats_per_code"] for name in levels}
