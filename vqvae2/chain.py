@@ -5,7 +5,7 @@ Source: Razavi et al. 2019, algorithm 2. Not here: training the parts (`autoenco
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,15 @@ from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
-from vqvae2 import autoencoder_stage, codes, facts, sampling
+from vqvae2 import autoencoder_stage, codes, comparison, facts, sampling
 from vqvae2.autoencoder import level_names
 from vqvae2.conditioning import Conditioner, ConditioningStack
 from vqvae2.config import ConditionedPriorConfig
 from vqvae2.prior import KEPT, PixelSnail, Prior
 
-Draw = Callable[..., Int[Array, "b h w"]]
+Draw = Callable[..., tuple[Int[Array, "b h w"], Int[Array, " b"]]]
 PerLevel = float | Mapping[str, float]
-SAMPLERS = ("cached", "ancestral")
+SAMPLERS = ("cached", "fixed_point", "ancestral")
 BATCH = 64  # samples drawn at once
 
 
@@ -92,10 +92,11 @@ def upper(run: Run, name: str, batch: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def draw(run: Run, name: str, sampler: str = "cached", top_k: int = 0, top_p: float = 1.0) -> Draw:
-    """(params, extra, example keys, codes above, labels, temperature) -> codes of level `name`, compiled.
+    """(params, extra, example keys, codes above, labels, temperature) -> codes of level `name`, calls of each example.
 
-    An example's codes depend on its own key alone, not on the batch. The conditioning stack runs once. 'cached'
-    evaluates each cell once, 'ancestral' the whole grid for each cell: the same codes, and a check on the first.
+    Compiled. An example's codes depend on its own key alone, not on the batch. The conditioning stack runs once.
+    'cached' evaluates each cell once, 'fixed_point' whole grids as often as forecasts fail, 'ancestral' the whole grid
+    for each cell: the same codes.
     """
     net, (height, width) = network(run, name), grids(run)[name]
 
@@ -107,18 +108,23 @@ def draw(run: Run, name: str, sampler: str = "cached", top_k: int = 0, top_p: fl
         above: tuple[Int[Array, "b hl wl"], ...],
         label: Int[Array, " b"] | None,
         temperature: Float[Array, ""],
-    ) -> Int[Array, "b h w"]:
+    ) -> tuple[Int[Array, "b h w"], Int[Array, " b"]]:
         variables = {"params": params, **extra}
         condition = net.apply(variables, above, method="condition")
         keys = jax.vmap(lambda key: rng.for_purpose(key, name))(keys)
-        noise = sampling.gumbel_noise(keys, net.network.num_codes)
-        chosen = {"shape": (len(keys), height, width), "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        if sampler == "fixed_point":
+            size = height, width, net.network.num_codes
+            logits = lambda grid, context: net.apply(variables, grid, *context, method="logits")
+            return sampling.sample_codes_predictively(logits, keys, (condition, label), size, **options)  # pyright: ignore
+        noise, shape = sampling.gumbel_noise(keys, net.network.num_codes), (len(keys), height, width)
+        calls = jnp.full(len(keys), height * width)
         if sampler == "ancestral":
             logits = lambda grid: net.apply(variables, grid, condition, label, method="logits")
-            return sampling.sample_codes(logits, noise, **chosen)  # pyright: ignore
+            return sampling.sample_codes(logits, noise, shape, **options), calls  # pyright: ignore
         cell_logits = functools.partial(net.apply, method="cell_logits", mutable=KEPT)
         at_cell = lambda grid, cell, kept: cell_logits(variables | kept, grid, cell, condition, label)
-        return sampling.sample_codes_cached(at_cell, noise, **chosen)  # pyright: ignore
+        return sampling.sample_codes_cached(at_cell, noise, shape, **options), calls  # pyright: ignore
 
     return sample
 
@@ -150,19 +156,25 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         top_p: PerLevel = 1.0,
         sampler: str = "cached",
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """n images and the calls of the networks; without `label` every class in turn, where there are classes.
+        """n images and what they took; without `label` every class in turn, where there are classes.
 
-        `temperature`, `top_k` and `top_p` are one value, or a dict of one for each level. `sampler`: 'cached', or
-        'ancestral', which evaluates the whole grid for each code and gives the same ones.
+        `temperature`, `top_k` and `top_p` are one value, or a dict of one for each level. `sampler`: one
+        of `SAMPLERS`, which all draw the same codes.
         """
         if n < 1:
             raise InputError(f"n must be at least 1, not {n}")
         if sampler not in SAMPLERS:
             raise InputError(f"there is no sampler '{sampler}' here; there are {', '.join(SAMPLERS)}")
         options = {level: _options(run, level, temperature, top_k, top_p) for level in grids(run)}
-        calls = {name: height * width for name, (height, width) in grids(run).items()}
-        about = {"network_calls_per_batch": calls, "batch": min(n, BATCH), "sampler": sampler}
-        return chain()(key, n, label, sampler, options), about
+        pictures, calls, labels = chain()(key, n, label, sampler, options)
+        about: dict[str, Any] = {"sampler": sampler, "batch": min(n, BATCH), "calls_per_image": calls}
+        return pictures, about if labels is None else about | {"labels": labels}
+
+    def compare_samplers(key: Key[Array, ""], stream: TextIO) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+        """`comparison.compare` at temperature 1."""
+        plain = {level: _Options(1.0, 0, 1.0) for level in grids(run)}
+        cells = {level: height * width for level, (height, width) in grids(run).items()}
+        return comparison.compare(lambda key, n, sampler: chain()(key, n, None, sampler, plain)[:2], cells, key, stream)
 
     def log_prob(images: np.ndarray, key: Key[Array, ""] | None = None, samples: int = 1) -> NoReturn:
         """Raises InputError: there is none."""
@@ -179,6 +191,7 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         encode=encode,
         decode=decode,
         reconstruct=reconstruct,
+        compare_samplers=compare_samplers,
     )
 
 
@@ -194,8 +207,8 @@ def _options(run: Run, level: str, temperature: PerLevel, top_k: PerLevel, top_p
     return options
 
 
-def _sampler(run: Run, mesh: Mesh) -> Callable[..., UInt8[np.ndarray, "n h w c"]]:
-    """sample(key, count, label, sampler, options by level) -> images.
+def _sampler(run: Run, mesh: Mesh) -> Callable[..., tuple[UInt8[np.ndarray, "n h w c"], dict[str, float], Any]]:
+    """sample(key, count, label, sampler, options by level) -> images, mean calls by level, class of each image or None.
 
     Raises InputError where a stage has no checkpoint, or a label does not fit.
     """
@@ -203,30 +216,36 @@ def _sampler(run: Run, mesh: Mesh) -> Callable[..., UInt8[np.ndarray, "n h w c"]
     compiled = functools.cache(functools.partial(draw, run))
     autoencoder, decode = codes.autoencoder(run, mesh), autoencoder_stage.coder(run).decode
 
-    def some(keys: Key[Array, " b"], label: Array | None, sampler: str, options: dict[str, _Options]) -> np.ndarray:
+    def some(
+        keys: Key[Array, " b"], label: Array | None, sampler: str, options: dict[str, _Options]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         drawn: dict[str, Array] = {}
+        calls: dict[str, np.ndarray] = {}
         for name, state in trained.items():
             temperature, top_k, top_p = options[name]
             sample = compiled(name, sampler, top_k, top_p)
             above = upper(run, name, drawn)
-            drawn[name] = sample(state["ema"], state["extra"], keys, above, label, jnp.float32(temperature))
-        return decode(autoencoder["ema"], autoencoder["extra"], drawn)
+            drawn[name], taken = sample(state["ema"], state["extra"], keys, above, label, jnp.float32(temperature))
+            calls[name] = np.asarray(taken)
+        return decode(autoencoder["ema"], autoencoder["extra"], drawn), calls
 
     def sample(
         key: Key[Array, ""], count: int, label: int | None, sampler: str, options: dict[str, _Options]
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, dict[str, float], list[int] | None]:
         labels = _labels(run, count, label)
         # Whole batches: another size would be another program to compile.
         size = min(count, BATCH)
         keys = rng.per_example(key, jnp.arange(-(-count // size) * size))
         report = metrics.counting("samples", count, run_lib.stream())
-        pictures = []
+        parts = []
         for start in range(0, count, size):
             part = np.arange(start, start + size)
             of_part = None if labels is None else labels[part % count]
-            pictures.append(some(keys[part], of_part, sampler, options))
+            parts.append(some(keys[part], of_part, sampler, options))
             report(min(start + size, count))
-        return np.concatenate(pictures)[:count]
+        pictures = np.concatenate([drawn for drawn, _ in parts])[:count]
+        calls = {name: float(np.concatenate([taken[name] for _, taken in parts])[:count].mean()) for name in grids(run)}
+        return pictures, calls, None if labels is None else np.asarray(labels).tolist()
 
     return sample
 

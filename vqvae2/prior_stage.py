@@ -99,7 +99,7 @@ def _top_pictures(run: Run, mesh: Mesh, level: str) -> Pictures:
     draw, decode, batch = chain.draw(run, level), _decoder(run, mesh), _held_out(run)
 
     def pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
-        sampled = draw(params, extra, _keys(key), (), _labels(run, batch, level), jnp.float32(1.0))
+        sampled, _ = draw(params, extra, _keys(key), (), _labels(run, batch, level), jnp.float32(1.0))
         return {"samples_top_alone": images.grid(decode({level: sampled}), levels=facts.of_run(run).levels)}
 
     return pictures
@@ -114,7 +114,7 @@ def _lower_pictures(run: Run, mesh: Mesh, level: str) -> Pictures:
 
     def pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
         above = tuple(map(jnp.asarray, chain.upper(run, level, batch)))
-        sampled = draw(params, extra, _keys(key), above, _labels(run, batch, level), jnp.float32(1.0))
+        sampled, _ = draw(params, extra, _keys(key), above, _labels(run, batch, level), jnp.float32(1.0))
         pairs = images.pairs(reconstructed, decode(given | {level: sampled}), levels=facts.of_run(run).levels)
         return {f"samples_given_{coarser[-1]}": pairs}
 

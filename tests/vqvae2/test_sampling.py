@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from bitsperdim import rng
 from vqvae2 import sampling
@@ -51,3 +52,19 @@ def test_temperature_zero_takes_the_likeliest_code_each_time():
     for position in range(3):
         expected[:, 0, position] = np.asarray(chain(jnp.asarray(expected)))[:, 0, position].argmax(-1)
     np.testing.assert_array_equal(greedy, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 2}, {"temperature": 0.0}])
+def test_forecasts_change_the_calls_and_not_the_codes(options):
+    keys, shape = rng.per_example(jax.random.key(3), jnp.arange(50)), (50, 2, 3)
+    shift = jnp.arange(50) % NUM_CODES  # what each sample is given beside its codes
+
+    def logits(codes, shift):
+        return chain(codes) + 2.0 * jax.nn.one_hot(shift, NUM_CODES)[:, None, None]
+
+    noise = sampling.gumbel_noise(keys, NUM_CODES)
+    expected = sampling.sample_codes(lambda codes: logits(codes, shift), noise, shape, **options)
+    codes, calls = sampling.sample_codes_predictively(logits, keys, shift, (2, 3, NUM_CODES), **options)
+    np.testing.assert_array_equal(codes, expected)
+    assert calls.min() >= 1 and calls.max() <= 6
+    assert calls.mean() < 5
