@@ -1,6 +1,6 @@
 """Stage `codes` of a latent ARM: whole splits as codes, made once with the trained autoencoder.
 
-    WORKDIR/codes/SPLIT/codes.npy    uint8 [n, h, w, channels], in the order of the split
+    codes    uint8 [n, h, w, channels], in the order of the split
 
 Source: Wiggers & Hoogeboom 2020, supplement A.3. The autoencoder is frozen: an ARM refuses codes of another one.
 """
@@ -27,7 +27,7 @@ def stage() -> Stage:
 
 
 def _extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
-    """Encodes both splits. An extraction that was interrupted begins anew."""
+    """Encodes both splits. An extraction that was interrupted goes on."""
     _, state = trainer.restore(run, "autoencoder", mesh)
     encoder = autoencoder_stage.encoder(run)
     encode = lambda params, extra, batch: {"codes": encoder(params, extra, batch["image"]).astype(jnp.uint8)}

@@ -70,23 +70,24 @@ def _extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
     draw = samplers.compiled(
         run.config.arm.model, None, grid, chosen, chunk, batch, mesh=mesh if mesh.size > 1 else None
     )
+    fields = {"x": np.dtype((np.uint8, (grid.height, grid.width, grid.channels))), "id": np.dtype(np.int32)}
+    writers = extracted.begin(run, PAIRS, state, _sizes(run), fields, chunk)
     for split, size in _sizes(run).items():
         progress = trainer.progress(f"pairs for {split}", size)
-        with extracted.Writer(run.folder("pairs") / split, size) as written:
-            for start in range(0, size, chunk):
-                check_signals()
-                samples = draw(params, _key(run), first_id=_first_ids(run)[split] + start)
-                x = np.asarray(samples.x).reshape(chunk, grid.height, grid.width, grid.channels)
-                ids = _first_ids(run)[split] + start + np.arange(chunk, dtype=np.int32)
-                progress(written.add({"x": x.astype(np.uint8), "id": ids}))
-    extracted.commit(run, PAIRS, state, tuple(_sizes(run)))
+        for start in range(writers[split].done, size, chunk):
+            check_signals()
+            samples = draw(params, _key(run), first_id=_first_ids(run)[split] + start)
+            x = np.asarray(samples.x).reshape(chunk, grid.height, grid.width, grid.channels)
+            ids = _first_ids(run)[split] + start + np.arange(chunk, dtype=np.int32)
+            progress(writers[split].add({"x": x.astype(np.uint8), "id": ids}))
+    extracted.commit(run, PAIRS, state, writers, fields)
 
 
 def _source(run: Run, split: str) -> Source:
     arrays, grid = extracted.open_arrays(run, PAIRS, split), facts.grid(run)
 
     def read(indices: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: np.asarray(array[indices]) for name, array in arrays.items()}
+        return {name: array[indices] for name, array in arrays.items()}
 
     shape = (grid.height, grid.width, grid.channels)
     origin = extracted.origin(run, PAIRS)

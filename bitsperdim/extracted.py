@@ -1,9 +1,11 @@
 """What one stage makes of whole splits with the model of another (codes, samples): written once, checked at every use.
 
-    WORKDIR/STAGE/SPLIT/NAME.npy    one array of each field, in the order of the split
-    WORKDIR/STAGE/info.json         which model made them, sha256 of the files; its presence commits
+    WORKDIR/STAGE/STAGE-SPLIT.tfrecord-*    shards in TFDS form (`records.py`), in the order of the split
+    WORKDIR/STAGE/unfinished.json           which model makes them, while they are made
+    WORKDIR/STAGE/info.json                 which model made them, sha256 of the files; its presence commits
 
-A stage that is trained on them refuses those of another model than the run's. Not here: what is extracted.
+An extraction that was killed goes on at the first shard that is missing, with the same model. A stage that is trained
+on what was extracted refuses that of another model than the run's. Not here: what is extracted.
 """
 
 import contextlib
@@ -11,26 +13,24 @@ import functools
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from bitsperdim import atomic, cache, data, manifest, sharding, trainer
+from bitsperdim import atomic, cache, data, manifest, records, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.model import Batch
 from bitsperdim.run import Run
 
 SPLITS = ("train", "evaluation")
-INFO = {"fingerprint": str, "step": int, "steps": int, "files": dict}
+INFO = {"fingerprint": str, "step": int, "steps": int, "fields": dict, "shard_lengths": dict, "files": dict}
 
 
 class Extraction(NamedTuple):
@@ -50,30 +50,80 @@ def encode_images(
     mesh: Mesh,
     check_signals: Callable[[], None],
 ) -> None:
-    """`encode(ema, extra, batch)` of every image of both splits; an extraction that was interrupted begins anew."""
-    encode = jax.jit(encode, out_shardings=sharding.replicated(mesh))
+    """`encode(ema, extra, batch)` of every image of both splits; goes on where it was interrupted."""
+    compiled = jax.jit(encode, out_shardings=sharding.replicated(mesh))
     batch_size = sharding.whole_batch(batch_size, mesh)
-    for split in SPLITS:
-        source = data.open_source(run.config.data, split)
-        trainer.check_sources(run, run.stage(extraction.of), {split: source})
+    sources = {split: data.open_source(run.config.data, split) for split in SPLITS}
+    trainer.check_sources(run, run.stage(extraction.of), sources)
+    shapes = jax.eval_shape(encode, state["ema"], state["extra"], sources["train"].read(np.arange(1)))
+    fields = {name: np.dtype((leaf.dtype, leaf.shape[1:])) for name, leaf in shapes.items()}
+    writers = begin(
+        run, extraction, state, {split: source.size for split, source in sources.items()}, fields, batch_size
+    )
+    for split, source in sources.items():
         progress = trainer.progress(f"{extraction.name} of {source.name}", source.size)
-        with Writer(run.folder(extraction.name) / split, source.size) as written:
-            for batch in data.evaluation_batches(source, batch_size, sharding.over_batch(mesh)):
-                check_signals()
-                progress(written.add(jax.device_get(encode(state["ema"], state["extra"], batch))))
-    commit(run, extraction, state, SPLITS)
+        for batch in data.evaluation_batches(
+            _after(source, writers[split].done), batch_size, sharding.over_batch(mesh)
+        ):
+            check_signals()
+            progress(writers[split].add(jax.device_get(compiled(state["ema"], state["extra"], batch))))
+    commit(run, extraction, state, writers, fields)
 
 
-def commit(run: Run, extraction: Extraction, state: PyTree, splits: tuple[str, ...]) -> None:
-    """Declares the extraction complete, made with the weights of `state` (`step`, `ema`, `extra`)."""
+def _after(source: data.Source, start: int) -> data.Source:
+    """What of it is left."""
+    return source._replace(size=source.size - start, read=lambda indices: source.read(start + indices))
+
+
+def begin(
+    run: Run, extraction: Extraction, state: PyTree, sizes: dict[str, int], fields: records.Fields, batch_size: int
+) -> dict[str, "Writer"]:
+    """A writer for each split, which knows how many of its examples an extraction that was interrupted has `done`.
+
+    What it has written is kept where it had the same model and batches, on which the bits of the rest depend.
+    """
     folder = run.folder(extraction.name)
+    now = {"fingerprint": fingerprint(state), "step": int(state["step"]), "batch_size": batch_size}
+    if jax.process_index() == 0:
+        path = folder / "unfinished.json"
+        before = run_lib.read_json(path) if path.exists() else None
+        if before != now:
+            if before is not None:
+                run_lib.say(f"{extraction.name}: begins anew, for its first part was made by another {extraction.of}")
+            with _explained(folder):
+                if folder.exists():
+                    folder.rmtree()
+                run_lib.write_json(path, now)
+    return {
+        split: Writer(folder, extraction.name, split, records.lengths(size, batch_size, fields), fields)
+        for split, size in sizes.items()
+    }
+
+
+def commit(
+    run: Run, extraction: Extraction, state: PyTree, writers: dict[str, "Writer"], fields: records.Fields
+) -> None:
+    """Declares the extraction complete, made with the weights of `state` (`step`, `ema`, `extra`)."""
+    if jax.process_index() > 0:
+        return
+    folder, made_by = run.folder(extraction.name), fingerprint(state)
+    text = f"Made by the stage '{extraction.of}' at step {int(state['step'])}, fingerprint {made_by}."
+    shard_lengths = {split: writer.lengths for split, writer in writers.items()}
     info = {
-        "fingerprint": fingerprint(state),
+        "fingerprint": made_by,
         "step": int(state["step"]),
         "steps": _steps(run, extraction),
-        "files": {split: manifest.hash_files(folder / split) for split in splits},
+        "fields": {name: [dtype.base.name, list(dtype.shape)] for name, dtype in sorted(fields.items())},
+        "shard_lengths": shard_lengths,
+        "files": {
+            split: {name: manifest.hash_file(folder / name, flush=True) for name in writer.names}
+            for split, writer in writers.items()
+        },
     }
-    run_lib.write_json(folder / "info.json", info)
+    with _explained(folder):
+        records.describe(folder, extraction.name, text, fields, shard_lengths)
+        run_lib.write_json(folder / "info.json", info)
+        (folder / "unfinished.json").unlink()
 
 
 def is_extracted(run: Run, extraction: Extraction) -> bool:
@@ -87,8 +137,8 @@ def is_extracted(run: Run, extraction: Extraction) -> bool:
     return True
 
 
-def open_arrays(run: Run, extraction: Extraction, split: str) -> dict[str, np.ndarray]:
-    """The arrays of a split by name, mapped into memory.
+def open_arrays(run: Run, extraction: Extraction, split: str) -> dict[str, records.Column]:
+    """The fields of a split by name, mapped into memory.
 
     Raises InputError where there are none, a file has changed, or the run's model is another one by now.
     """
@@ -99,9 +149,11 @@ def open_arrays(run: Run, extraction: Extraction, split: str) -> dict[str, np.nd
     step = trainer.restored_step(run, extraction.of)
     if info["step"] != step or info["fingerprint"] != _fingerprint_at(run, extraction.of, step):
         raise _of_another(run, extraction, info["step"], step)
-    folder = _at_hand(run, extraction, split, info["fingerprint"])
+    names = list(info["files"][split])
+    folder = _at_hand(run, extraction, names, info["fingerprint"])
     _verify(folder, json.dumps(info["files"][split]))
-    return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("*.npy"))}
+    fields = {name: np.dtype((kind, tuple(shape))) for name, (kind, shape) in info["fields"].items()}
+    return records.columns([folder / name for name in names], fields)
 
 
 def origin(run: Run, extraction: Extraction) -> str:
@@ -158,91 +210,66 @@ def _of_another(run: Run, extraction: Extraction, then: int, now: int) -> InputE
 @functools.lru_cache(maxsize=8)  # once a process: the codes of a large data set take seconds to read
 def _verify(folder: epath.Path, files: str) -> None:
     """Raises InputError where a file is not what was written."""
-    found = manifest.hash_files(folder) if folder.exists() else {}
     for name, expected in json.loads(files).items():
-        if list(found.get(name, ())) != expected:
-            state = "is missing" if name not in found else "has changed since it was written"
-            raise InputError(f"{folder / name} {state}; remove the folder {folder.parent} to extract again")
+        path = folder / name
+        if not path.exists() or list(manifest.hash_file(path)) != expected:
+            state = "has changed since it was written" if path.exists() else "is missing"
+            raise InputError(f"{path} {state}; remove the folder {folder} to extract again")
 
 
-def _at_hand(run: Run, extraction: Extraction, split: str, fingerprint: str) -> epath.Path:
-    """The folder of a split; for a remote run a copy in the cache, since only local files can be mapped into memory."""
-    folder = run.folder(extraction.name) / split
+def _at_hand(run: Run, extraction: Extraction, names: list[str], fingerprint: str) -> epath.Path:
+    """Where the shards are; for a remote run a copy in the cache, since only local files can be mapped into memory."""
+    folder = run.folder(extraction.name)
     if not atomic.is_remote(folder):
         return folder
-    copy = epath.Path(cache.location(run.config.data.cache_dir)) / f"{extraction.name}-{split}-{fingerprint[:12]}"
+    copy = epath.Path(cache.location(run.config.data.cache_dir)) / f"{extraction.name}-{fingerprint[:12]}"
     copy.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.npy"):
-        if not (copy / path.name).exists():
-            path.copy(copy / f"{path.name}.{os.getpid()}.partial", overwrite=True).replace(copy / path.name)
+    for name in names:
+        if (folder / name).exists() and not (copy / name).exists():
+            (folder / name).copy(copy / f"{name}.{os.getpid()}.partial", overwrite=True).replace(copy / name)
     return copy
 
 
 class Writer:
-    """Arrays of one split, written beside their place (for a remote run: here) and moved there when they are whole.
+    """The shards of one split, each put in its place when it is whole; those that are there are not written again.
 
-    A context manager: on an error nothing is left, and one of the file system is an `InputError`.
+    `done` examples are in whole shards at the beginning; the next one is the first to be added. An error of the file
+    system is an `InputError`.
     """
 
-    def __init__(self, folder: epath.Path, size: int) -> None:
-        self._folder, self._size, self._done = folder, size, 0
-        self._partial = folder.parent / f"{folder.name}.partial"
-        self._files: dict[str, BinaryIO] = {}
-
-    def __enter__(self) -> "Writer":
-        if jax.process_index() == 0:
-            with self._explained():
-                if atomic.is_remote(self._folder):
-                    self._partial = epath.Path(tempfile.mkdtemp(prefix="extracted-"))
-                shutil.rmtree(self._partial, ignore_errors=True)
-                self._partial.mkdir(parents=True)
-        return self
+    def __init__(self, folder: epath.Path, name: str, split: str, lengths: list[int], fields: records.Fields) -> None:
+        self.lengths, self._folder, self._fields = lengths, folder, fields
+        self.names = [records.shard_name(name, split, index, len(lengths)) for index in range(len(lengths))]
+        present = next((i for i, file in enumerate(self.names) if not (folder / file).exists()), len(lengths))
+        if jax.process_count() > 1:  # what the others see may be older
+            present = int(multihost_utils.broadcast_one_to_all(np.int32(present)))
+        self._next = present
+        self.done = sum(lengths[:present])
+        self._rows: list[dict[str, np.ndarray]] = []
 
     def add(self, rows: dict[str, np.ndarray]) -> int:
-        """Appends a batch, less the padding of the last one; returns how many examples are written."""
-        count = min(len(next(iter(rows.values()))), self._size - self._done)
+        """Appends a batch, less the padding of the last one; returns how many examples it has."""
+        end = sum(self.lengths[: self._next + 1])
+        count = min(len(next(iter(rows.values()))), end - self.done)
+        self._rows.append({name: values[:count] for name, values in rows.items()})
+        self.done += count
+        if self.done == end:
+            self._write()
+        return self.done
+
+    def _write(self) -> None:
+        rows = {name: np.concatenate([batch[name] for batch in self._rows]) for name in self._fields}
+        path = self._folder / self.names[self._next]
+        self._next, self._rows = self._next + 1, []
         if jax.process_index() == 0:
-            with self._explained():
-                for name, values in rows.items():
-                    # Plain writes, not a writable memory map: on a full disk they raise, where the map ends in SIGBUS.
-                    if name not in self._files:
-                        self._files[name] = open(self._partial / f"{name}.npy", "wb")
-                        cache.write_header(self._files[name], values.dtype, (self._size, *values.shape[1:]))
-                    self._files[name].write(np.ascontiguousarray(values[:count]).data)
-        self._done += count
-        return self._done
+            with _explained(path):
+                atomic.write_bytes(path, records.shard(rows, self._fields))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if jax.process_index() == 0:
-            try:
-                if error is None:
-                    with self._explained():
-                        self._commit()
-            finally:
-                for file in self._files.values():
-                    with contextlib.suppress(OSError):  # what it still holds is of no use
-                        file.close()
-                shutil.rmtree(self._partial, ignore_errors=True)
 
-    def _commit(self) -> None:
-        for file in self._files.values():
-            atomic.flush(file)
-            file.close()
-        if self._folder.exists():
-            self._folder.rmtree()
-        if atomic.is_remote(self._folder):
-            for path in self._partial.iterdir():
-                path.copy(self._folder / path.name)
-        else:
-            self._partial.replace(self._folder)
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self._folder} ({error.strerror}); make room, then the same command goes on"
-            ) from error
+@contextlib.contextmanager
+def _explained(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        (path.parent / f"{path.name}.tmp").unlink(missing_ok=True)
+        raise InputError(f"cannot write {path} ({error.strerror}); make room, then the same command goes on") from error

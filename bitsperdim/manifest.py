@@ -33,7 +33,7 @@ class Damaged(Exception):
 
 def hash_files(data: epath.Path) -> dict[str, tuple[int, str]]:
     """Size and sha256 of every file under `data`. Each is first brought to the disk, which Orbax does not wait for."""
-    return {str(path.relative_to(data)): _hash(path, flush=True) for path in _files(data)}
+    return {str(path.relative_to(data)): hash_file(path, flush=True) for path in _files(data)}
 
 
 def write(folder: epath.Path, manifest: Manifest) -> None:
@@ -64,7 +64,7 @@ def verify(folder: epath.Path) -> Manifest:
     for name, expected in manifest.files.items():
         path = folder / manifest.data / name
         try:
-            found = _hash(path)
+            found = hash_file(path)
         except OSError as error:
             raise Damaged(f"{path} cannot be read ({error.strerror or error})") from error
         if found[0] != expected[0]:
@@ -79,7 +79,8 @@ def _files(folder: epath.Path) -> list[epath.Path]:
     return [path for paths in nested for path in paths]
 
 
-def _hash(path: epath.Path, flush: bool = False) -> tuple[int, str]:
+def hash_file(path: epath.Path, flush: bool = False) -> tuple[int, str]:
+    """Size and sha256 of a file; with `flush` once it is on the disk."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")  # pyright: ignore[reportArgumentType]
         size = file.tell()

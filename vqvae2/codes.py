@@ -1,7 +1,7 @@
 """Stage `codes`: whole splits as codes, made once with the Polyak weights and the final codebooks.
 
-    WORKDIR/codes/SPLIT/LEVEL.npy           uint16 [n, h, w], in the order of the split
-    WORKDIR/codes/SPLIT/label.npy           int32 [n], where the images have labels
+    top, ..., bottom    uint16 [n, h, w], in the order of the split
+    label               int32 [n], where the images have labels
 
 Source: Razavi et al. 2019, algorithm 2. Not here: how they are kept, and checked at every use (`extracted.py`).
 """
@@ -32,7 +32,7 @@ def stage() -> Stage:
 
 
 def extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
-    """Encodes both splits. An extraction that was interrupted begins anew."""
+    """Encodes both splits. An extraction that was interrupted goes on."""
     _, state = trainer.restore(run, "autoencoder", mesh)
     about = facts.of_run(run)
     net = autoencoder_stage.network(run.config.autoencoder.model, about)
