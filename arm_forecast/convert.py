@@ -2,10 +2,9 @@
 
 There `down_layers` counts from the coarsest level and `up_layers` from the finest, kernels are OIHW (transposed ones
 IOHW), and weight normalisation keeps a gain for each index of the first axis: the output, but the *input* of transposed
-convolutions. Arrays are numpy; nothing here unpickles a file.
+convolutions. Arrays are numpy. Not here: reading the file (`bitsperdim/adopt.py`).
 """
 
-import pathlib
 import re
 
 import numpy as np
@@ -14,27 +13,8 @@ from arm_forecast import layers, pixelcnn
 from arm_forecast.pixelcnn import LAST_LEVEL, Grid, NetworkConfig
 from bitsperdim.errors import InputError
 
-HOW_TO_EXPORT = """\
-  import numpy, torch
-  state = torch.load("checkpoint.pth", map_location="cpu", weights_only=True)
-  numpy.savez("checkpoint.npz", **{name: tensor.numpy() for name, tensor in state.items()})"""
 STEMS = {"stem/u": "u_init", "stem/ul_above": "ul_init.0", "stem/ul_left": "ul_init.1"}
 PARTS = {"conv_in": "conv_input.conv", "skip": "nin_skip.lin_a", "conv_out": "conv_out.conv"}
-
-
-def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file by name. Raises InputError with the lines that export one from PyTorch."""
-    path = pathlib.Path(path)
-    if path.suffix != ".npz":
-        raise InputError(f"{path} is not an .npz file; PyTorch files are not read. Export it first:\n{HOW_TO_EXPORT}")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            # Checkpoints of a model under DataParallel carry its prefix.
-            return {name.removeprefix("module."): arrays[name] for name in arrays.files}
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not an .npz file of plain arrays. Export it again:\n{HOW_TO_EXPORT}") from error
 
 
 def network_from_torch(state: dict[str, np.ndarray]) -> tuple[NetworkConfig, int]:

@@ -1,7 +1,7 @@
-"""A published PixelCNN++ checkpoint as a run. The tensors themselves are read by `convert.py`."""
+"""A published PixelCNN++ checkpoint as a run. What its tensors are is known to `convert.py`."""
 
 from arm_forecast import convert
-from bitsperdim import cli
+from bitsperdim import adopt, cli
 from bitsperdim.adopt import Imported, Weights
 
 
@@ -10,7 +10,7 @@ def imported(path: str, image_size: int) -> Imported:
 
     The optimizer and schedule are those of PixelCNN++, for training further. Raises InputError for other files.
     """
-    state = convert.read_state(path)
+    state = adopt.read_arrays(path)
     network, channels = convert.network_from_torch(state)
     config = cli.load_config("arm_cifar10:dmol")
     # It is complete as it is; more steps go on from here.

@@ -1,15 +1,17 @@
 """Published weights become a run: a folder that evaluate.py, sample.py and `bitsperdim.load` take like any other.
 
-A family reads the file (`convert.py` there) and says what its weights are; here they get a config, a checkpoint and
-their manifest. Training goes on from there where the steps are raised, with a new optimizer.
+A family says what the arrays of a file are (`convert.py` there); here they get a config, a checkpoint and its manifest.
+Training goes on from there where the steps are raised, with a new optimizer. Nothing here unpickles a file.
 """
 
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -18,6 +20,11 @@ from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim.errors import InputError
 from bitsperdim.run import Run
+
+HOW_TO_EXPORT = """\
+  import numpy, torch
+  state = torch.load("checkpoint.pth", map_location="cpu", weights_only=True)
+  numpy.savez("checkpoint.npz", **{name: tensor.numpy() for name, tensor in state.items()})"""
 
 
 class Weights(NamedTuple):
@@ -33,6 +40,21 @@ class Imported(NamedTuple):
 
     config: ConfigDict
     stages: Mapping[str, Weights]
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file by name. Raises InputError with the lines that export one from PyTorch."""
+    path = pathlib.Path(path)
+    if path.suffix != ".npz":
+        raise InputError(f"{path} is not an .npz file; PyTorch files are not read. Export it first:\n{HOW_TO_EXPORT}")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            # Checkpoints of a model under DataParallel carry its prefix.
+            return {name.removeprefix("module."): arrays[name] for name in arrays.files}
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not an .npz file of plain arrays. Export it again:\n{HOW_TO_EXPORT}") from error
 
 
 def adopt(workdir: str | os.PathLike[str], imported: Imported) -> Run:

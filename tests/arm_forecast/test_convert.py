@@ -56,22 +56,3 @@ def test_outputs_that_fit_no_mixture_are_refused(state):
     state["nin_out.lin_a.weight_v"] = state["nin_out.lin_a.weight_v"][:48]
     with pytest.raises(InputError, match="48 outputs, which fit no mixture for 3 channels"):
         convert.network_from_torch(state)
-
-
-def test_a_file_is_read_with_or_without_the_prefix_of_data_parallel(state, tmp_path):
-    np.savez(tmp_path / "a.npz", **{f"module.{name}": array for name, array in state.items()})
-    read = convert.read_state(tmp_path / "a.npz")
-    assert set(read) == set(state)
-    np.testing.assert_array_equal(read["nin_out.lin_a.bias"], state["nin_out.lin_a.bias"])
-
-
-def test_a_file_of_pytorch_is_refused_with_the_lines_that_export_it(tmp_path):
-    with pytest.raises(InputError, match=r"(?s)model\.pth is not an \.npz file.*numpy\.savez"):
-        convert.read_state(tmp_path / "model.pth")
-    with pytest.raises(InputError, match="does not exist"):
-        convert.read_state(tmp_path / "model.npz")
-    np.savez(tmp_path / "objects.npz", a=np.array([{}], dtype=object))
-    (tmp_path / "text.npz").write_text("no archive")
-    for name in ("objects", "text"):
-        with pytest.raises(InputError, match=rf"(?s){name}\.npz is not .*plain arrays.*numpy\.savez"):
-            convert.read_state(tmp_path / f"{name}.npz")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import bitsperdim
+from arm_forecast import codes as arm_codes
 from arm_forecast import comparison, samplers, sampling
 from arm_forecast.pixelcnn import Grid
 from bitsperdim import cli, data, sharding, trainer
@@ -202,7 +203,8 @@ def test_modules_are_trained_afterwards_on_pairs_of_the_sampler(tmp_path):
     }
     run = trainer.train(config, str(tmp_path / "run"))
     arm = sampling.restore(run, sharding.make_mesh(run.config.mesh))
-    pairs = {split: np.load(run.workdir / "pairs" / split / "x.npy") for split in ("train", "evaluation")}
+    sources = {split: run.stage("modules").source(run, split) for split in ("train", "evaluation")}
+    pairs = {split: source.read(np.arange(source.size))["x"] for split, source in sources.items()}
     assert [len(x) for x in pairs.values()] == [64, 6]
     # The first pair of the evaluation split is sample 64 of the stage's noise.
     key = jax.random.key(run.seed("pairs"))
@@ -230,7 +232,7 @@ def test_a_latent_run_decodes_what_its_model_of_codes_draws(latent):
     images = data.open_source(latent.config.data, "evaluation").read(np.arange(5))["image"]
     codes = loaded.encode(images)
     assert codes.shape == (5, 4, 4, 4) and codes.max() < 16
-    np.testing.assert_array_equal(codes, np.load(latent.workdir / "codes" / "evaluation" / "codes.npy")[:5])
+    np.testing.assert_array_equal(codes, arm_codes.open_codes(latent, "evaluation").read(np.arange(5))["codes"])
     np.testing.assert_array_equal(loaded.decode(codes), loaded.reconstruct(images))
     drawn, about = loaded.draw(jax.random.key(0), 3)
     assert drawn.shape == (3, 16, 16, 3) and about["sampler"] == "cached"
