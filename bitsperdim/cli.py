@@ -8,7 +8,6 @@ import dataclasses
 import errno
 import importlib.util
 import inspect
-import math
 import os
 import pathlib
 import sys
@@ -24,12 +23,13 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from bitsperdim import adopt, atomic, images, metrics, sharding, trainer
+from bitsperdim import adopt, atomic, data, flag_values, images, metrics, neighbours, rejection, sharding, trainer
 from bitsperdim import config as config_lib
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError, RunError
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
+from bitsperdim.sources import Source
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 # Installed, configs are data of this package; in a checkout they stand beside it.
@@ -80,8 +80,13 @@ def sample() -> None:
       --num=16                  number of samples
       --seed=0                  of the noise; sample i does not depend on --num
       --out=FOLDER              for the pictures; default the run's folder
-      --temperature=1.0         of the noise; 0 is greedy
+      --temperature=1.0         of the noise; 0 is greedy. By level too, as top_k and top_p: top=0.9,bottom=1
       --label=CLASS             one class; default: all classes in turn
+      --accept_top=SHARE        draws num / SHARE, keeps the best SHARE of each class; 1,0.5,0.05: a grid for each
+      --scorer=MODULE:FUNCTION  the scores for it: (images, labels or None) -> [n], higher is better
+      --nearest=K               also nearest.png: each sample beside the K training images nearest in pixel space
+      --features=MODULE:FUNCTION  nearest in this space instead: images -> numbers [n, ...]
+      --config.data.KEY=FOLDER  where the training images are now, as for evaluate.py
 
     Where the model is autoregressive over pixels or codes also
 
@@ -100,7 +105,8 @@ def convert() -> None:
 
     python convert.py --family=FAMILY --checkpoint=FILE.npz --workdir=RUN [flags]
 
-      --family=FAMILY           arm_forecast: PixelCNN++ of pclucas14/pixel-cnn-pp, its state_dict as .npz
+      --family=FAMILY           arm_forecast: PixelCNN++ of pclucas14/pixel-cnn-pp, its state_dict as .npz;
+                                vqvae2: the autoencoder of rosinality/vq-vae-2-pytorch, its state_dict as .npz
       --image_size=32           of the images that the weights were trained on
       --traceback               show where an error comes from
     """
@@ -127,14 +133,7 @@ def _evaluate(argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "Run folder.", flag_values=values)
     flags.DEFINE_string("split", "evaluation", "Split to measure on.", flag_values=values)
     flags.DEFINE_string("out", "", "Folder for the figures; default the run folder.", flag_values=values)
-    for key in run_lib.PATH_KEYS:
-        flags.DEFINE_string(f"config.data.{key}", None, "Where the data are now.", flag_values=values)
-    _parse(values, argv)
-    given = {key: values[f"config.data.{key}"].value for key in run_lib.PATH_KEYS}
-    paths = {key: path for key, path in given.items() if path is not None}
-    run = run_lib.open_run(_required(values, "workdir"), paths)
-    folder = run_lib.place(values.out) if values.out else run.workdir
-    _check_writable(folder)
+    run, folder = _parse_and_open(values, argv)
     measured = trainer.evaluate(run, values.split)
     print(metrics.table(list(config_lib.flatten(measured)), ("figure", "value")))
     with _writing_to(folder):
@@ -149,57 +148,80 @@ def _sample(argv: list[str]) -> None:
     flags.DEFINE_integer("num", 16, "Number of samples.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", flag_values=values)
     flags.DEFINE_boolean("compare_samplers", False, "Measure every sampler.", flag_values=values)
-    flags.DEFINE_float("temperature", None, "0 is greedy.", lower_bound=0.0, flag_values=values)
     flags.DEFINE_integer("label", None, "Class to sample.", flag_values=values)
-    flags.DEFINE_integer("top_k", None, "Likeliest values only.", lower_bound=1, flag_values=values)
-    flags.DEFINE_float("top_p", None, "Likeliest values up to this mass.", 0.0, 1.0, flag_values=values)
-    flags.DEFINE_string("sampler", None, "How; default the fastest.", flag_values=values)
     flags.DEFINE_integer("batch_size", None, "Images drawn at once.", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("given", None, "Known pixels.", flag_values=values)
-    _parse(values, argv)
-    run = run_lib.open_run(_required(values, "workdir"))
-    folder = run_lib.place(values.out) if values.out else run.workdir
-    _check_writable(folder)
+    flags.DEFINE_integer("nearest", None, "Nearest training images.", lower_bound=1, flag_values=values)
+    # Their values are read by `flag_values`.
+    for name in ("temperature", "top_k", "top_p", "sampler", "given", "accept_top", "scorer", "features"):
+        flags.DEFINE_string(name, None, "See `sample`.", flag_values=values)
+    run, folder = _parse_and_open(values, argv)
+    shares = flag_values.shares("accept_top", values.accept_top) if values.accept_top else ()
+    scorer, features = _given_functions(values)
     loaded = run.family.load(run, sharding.mesh_at_hand(run.config.mesh))
     if values.compare_samplers:
         _compare_samplers(run, loaded, values.seed, folder)
         return
-    options = _sampling_options(values, loaded, run.family.__name__)
+    given = {name: values[name].value for name in flag_values.OF_DRAW if values[name].value is not None}
+    options = flag_values.draw_options(given, loaded, run)
+    source = data.open_source(run.config.data, "train") if values.nearest else None
+    if source is not None:
+        neighbours.check_count(values.nearest, source)  # before hours of drawing
     start = time.perf_counter()
-    pictures, about = loaded.draw(jax.random.key(values.seed), values.num, **options)
+    if scorer is None:
+        pictures, about = loaded.draw(jax.random.key(values.seed), values.num, **options)
+        grids, record = {}, None
+    else:
+        pictures, about, grids, record = _best_of(values, loaded, options, shares, scorer)
     seconds = time.perf_counter() - start
     chosen = {"given": values.given} if values.given else {}
     about = {"num": values.num, "seed": values.seed, **options, **chosen, **about}
     with _writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        images.save_png(folder / "samples.png", images.grid(pictures, levels=loaded.levels))
+        for name, some in ({"samples": pictures} | grids).items():
+            images.save_png(folder / f"{name}.png", images.grid(some, levels=loaded.levels))
         with (folder / "samples.npy").open("wb") as file:
             np.save(file, pictures)
         run_lib.write_json(folder / "sampling.json", about | {"seconds_with_compilation": round(seconds, 3)})
+        if record is not None:
+            run_lib.write_json(folder / "rejection.json", record)
     print(f"{values.num} samples in {seconds:.1f} s (compilation included): {folder / 'samples.png'}")
+    if source is not None:
+        _nearest(pictures, source, values.nearest, features, loaded.levels, folder)
 
 
-def _sampling_options(values: flags.FlagValues, loaded: Loaded, family: str) -> dict[str, Any]:
-    """The flags that were given, as arguments of the family's `draw`; `InputError` for those that it does not have."""
-    names = ("temperature", "label", "top_k", "top_p", "sampler", "batch_size", "given")
-    options: dict[str, Any] = {name: values[name].value for name in names if values[name].value is not None}
-    known = inspect.signature(loaded.draw).parameters
-    for name in options:
-        if name not in known:
-            flags_of_it = ", ".join(f"--{option}" for option in names if option in known)
-            raise InputError(f"--{name} means nothing for a run of {family}; it knows {flags_of_it}")
-    if not math.isfinite(options.get("temperature", 1.0)):
-        raise InputError(f"--temperature must be finite, not {options['temperature']}")
-    if "given" in options:
-        options["given"] = _read_array(options["given"])
-    return options
+def _given_functions(values: flags.FlagValues) -> tuple[Callable | None, Callable | None]:
+    """The scorer of --accept_top and the features of --nearest, where they are given."""
+    if bool(values.scorer) != bool(values.accept_top):
+        raise InputError("--accept_top=SHARE and --scorer=MODULE:FUNCTION need each other")
+    if values.features and not values.nearest:
+        raise InputError("--features needs --nearest=K, the number of images to look for")
+    scorer = flag_values.function("scorer", values.scorer) if values.scorer else None
+    return scorer, flag_values.function("features", values.features) if values.features else None
 
 
-def _read_array(path: str) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"--given={path} is no readable .npy file ({error})") from error
+def _best_of(
+    values: flags.FlagValues, loaded: Loaded, options: dict[str, Any], shares: tuple[float, ...], scorer: Callable
+) -> tuple[np.ndarray, dict[str, Any], dict[str, np.ndarray], dict[str, Any]]:
+    """Samples of the smallest share, what is to be known of a round, grids by name, and the record of all scores."""
+    rounds = rejection.num_rounds(shares[-1])
+    progress = metrics.counting("candidates", rounds * values.num, run_lib.stream())
+    drawn = rejection.candidates(loaded.draw, scorer, values.seed, values.num, rounds, options, progress)
+    grids = {f"samples_top_{share:g}": rejection.best(drawn, share) for share in shares}
+    about = {"accept_top": shares, "scorer": values.scorer, "rounds": rounds}
+    record = {"scorer": values.scorer, **rejection.record(drawn, shares)}
+    return grids[f"samples_top_{shares[-1]:g}"], about | drawn.about, grids, record
+
+
+def _nearest(
+    pictures: np.ndarray, source: Source, k: int, features: Callable | None, levels: int, folder: epath.Path
+) -> None:
+    progress = metrics.counting("training images", source.size, run_lib.stream())
+    found = neighbours.nearest(pictures, source, k, features, progress)
+    with _writing_to(folder):
+        images.save_png(folder / "nearest.png", neighbours.picture(pictures, found, levels))
+        about = {"source": source.name, "index": found.index.tolist(), "distance": found.distance.tolist()}
+        run_lib.write_json(folder / "nearest.json", about)
+    print(f"nearest images of {source.name}: {folder / 'nearest.png'}")
 
 
 def _compare_samplers(run: Run, loaded: Loaded, seed: int, folder: epath.Path) -> None:
@@ -308,6 +330,19 @@ def _parse(values: flags.FlagValues, argv: list[str]) -> None:
         raise InputError(str(error)) from error
     if len(rest) > 1:
         raise InputError(f"unexpected argument '{rest[1]}'; flags are written --name=value")
+
+
+def _parse_and_open(values: flags.FlagValues, argv: list[str]) -> tuple[Run, epath.Path]:
+    """The run of --workdir, its data where --config.data.KEY says, and the folder for what is found out of it."""
+    for key in run_lib.PATH_KEYS:
+        flags.DEFINE_string(f"config.data.{key}", None, "Where the data are now.", flag_values=values)
+    _parse(values, argv)
+    given = {key: values[f"config.data.{key}"].value for key in run_lib.PATH_KEYS}
+    paths = {key: path for key, path in given.items() if path is not None}
+    run = run_lib.open_run(_required(values, "workdir"), paths)
+    folder = run_lib.place(values.out) if values.out else run.workdir
+    _check_writable(folder)
+    return run, folder
 
 
 @contextlib.contextmanager

@@ -328,6 +328,53 @@ def test_samples_are_written_as_array_picture_and_record(call, trained, tmp_path
         assert picture.mode == "RGB"
 
 
+def test_the_best_share_is_drawn_from_more_samples_and_recorded(call, trained, tmp_path, monkeypatch):
+    (tmp_path / "scorers.py").write_text("def ink(images, labels): return images.sum((1, 2, 3))")
+    monkeypatch.chdir(tmp_path)
+    folder = samples(call, trained, tmp_path / "out", "--num=6", "--accept_top=1,0.25", "--scorer=scorers:ink")
+    plain = np.load(samples(call, trained, tmp_path / "plain", "--num=6") / "samples.npy")
+    record = json.loads((folder / "rejection.json").read_text())
+    scores = np.array(record["scores_by_round"])
+    assert scores.shape == (4, 6)
+    np.testing.assert_array_equal(scores[0], plain.sum((1, 2, 3)))
+    best = np.load(folder / "samples.npy").sum((1, 2, 3))
+    assert sorted(best) == sorted(scores.ravel())[-6:]
+    assert (folder / "samples_top_1.png").read_bytes() == (tmp_path / "plain/samples.png").read_bytes()
+    assert (folder / "samples_top_0.25.png").read_bytes() == (folder / "samples.png").read_bytes()
+    assert json.loads((folder / "sampling.json").read_text())["accept_top"] == [1.0, 0.25]
+
+
+def test_samples_are_shown_beside_the_nearest_training_images(call, trained, tmp_path):
+    folder = samples(call, trained, tmp_path, "--num=3", "--nearest=2")
+    record = json.loads((folder / "nearest.json").read_text())
+    train = cli.data.open_source(cli.run_lib.open_run(trained).config.data, "train")
+    nearest = train.read(np.array(record["index"])[:, 0])["image"].astype(np.int64)
+    apart = ((np.load(folder / "samples.npy") - nearest) ** 2).sum((1, 2, 3))
+    np.testing.assert_allclose(np.array(record["distance"])[:, 0] ** 2, apart)
+    with PIL.Image.open(folder / "nearest.png") as picture:
+        assert picture.size == (3 * 98 - 2, 3 * 98 - 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature=warm"], "--temperature must be a number, not 'warm'"),
+        (["--temperature=top=1,bottom=2"], "a run of toy_family has no levels; give one number"),
+        (["--top_k=2"], "--top_k means nothing for a run of toy_family; it knows --temperature"),
+        (["--accept_top=0.5"], "--accept_top=SHARE and --scorer=MODULE:FUNCTION need each other"),
+        (["--scorer=math:sin"], "--accept_top=SHARE and --scorer=MODULE:FUNCTION need each other"),
+        (["--accept_top=2", "--scorer=math:sin"], "--accept_top must lie in 0..1, not 2"),
+        (["--accept_top=0.5", "--scorer=math:sinn"], "math has no function 'sinn'"),
+        (["--accept_top=0.5", "--scorer=math:sin"], "the function of --scorer failed: TypeError"),
+        (["--features=math:sin"], "--features needs --nearest=K"),
+        (["--nearest=0"], "nearest"),
+        (["--nearest=9999"], "--nearest must lie in 1..1437"),
+    ],
+)
+def test_options_of_sampling_that_do_not_fit_are_refused(refusal, trained, flags, message):
+    assert message in refusal(SAMPLE, f"--workdir={trained}", "--out=out", *flags)
+
+
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "sample.py"])
 def test_the_scripts_themselves_end_with_the_code_and_one_message(script, tmp_path):
     flags = ["--config=none"] if script == "train.py" else ["--workdir=none"]

@@ -43,7 +43,7 @@ def arrays(workdir):
     """Every array of the last checkpoint of every stage, and the codes, by name."""
     run = run_lib.open_run(workdir)
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
-    found = {path.stem: np.load(path, allow_pickle=False) for path in run.folder("codes").glob("train/*.npy")}
+    found = {path.name: np.fromfile(path, np.uint8) for path in run.folder("codes").glob("*.tfrecord-*")}
     for name in STEPS:
         stage = run.stage(name)
         with trainer.checkpoints_of(run, stage) as checkpoints:

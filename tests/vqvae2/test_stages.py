@@ -1,6 +1,7 @@
 """A whole tiny run of VQ-VAE-2, held against direct calls of its networks and numpy over whole splits."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from bitsperdim import cli, data, evaluation, extracted, metrics, optim, sharding, state, trainer
+from bitsperdim import cli, data, evaluation, extracted, metrics, optim, records, sharding, state, trainer
 from bitsperdim import config as config_lib
 from bitsperdim import run as run_lib
 from bitsperdim import step as step_lib
@@ -178,48 +179,106 @@ def interrupt_after(batches):
     return check
 
 
-def test_an_interrupted_extraction_is_never_mistaken_for_codes(run, autoencoder_only, mesh):
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(records, "SHARD_BATCHES", 2)
+
+
+@pytest.fixture
+def unbroken(small_shards, autoencoder_only, mesh):
+    """The files of an extraction that nothing interrupts; the run has none afterwards."""
+    codes.extract(autoencoder_only, mesh, lambda: None)
+    assert codes.is_extracted(autoencoder_only)
+    expected = contents(autoencoder_only.folder("codes"))
+    assert len([name for name in expected if "train" in name]) > 3
+    autoencoder_only.folder("codes").rmtree()
+    return expected
+
+
+def test_an_interrupted_extraction_goes_on_and_is_never_mistaken_for_codes(
+    unbroken, autoencoder_only, mesh, monkeypatch
+):
+    written, add = [], extracted.Writer.add
+    monkeypatch.setattr(extracted.Writer, "add", lambda self, rows: written.append(self) or add(self, rows))
     num_train = -(-len(pixels("train")) // 256)
-    for batches in (0, 3, num_train + 2):  # before the first batch, within the first split, within the second
+    for batches in (0, 3, num_train):  # before the first batch, within the first split, within the second
         with pytest.raises(Interrupted):
             codes.extract(autoencoder_only, mesh, interrupt_after(batches))
         assert not codes.is_extracted(autoencoder_only)
         with pytest.raises(InputError, match=r"stage 'top' needs 'codes', which is not complete"):
             trainer.train(tiny_config(), str(autoencoder_only.workdir), "top")
     codes.extract(autoencoder_only, mesh, lambda: None)
-    assert codes.is_extracted(autoencoder_only)
-    assert contents(autoencoder_only.folder("codes")) == contents(run.folder("codes"))
+    assert contents(autoencoder_only.folder("codes")) == unbroken
+    # Of the three batches the third was in no whole shard: it alone was made twice.
+    total = num_train + -(-len(pixels("evaluation")) // 256)
+    assert total < len(written) <= total + 2
 
 
-def test_codes_for_which_there_is_no_room_leave_no_file_and_name_the_remedy(run, autoencoder_only, mesh, monkeypatch):
+def test_an_extraction_killed_within_a_shard_goes_on_to_the_same_bytes(unbroken, autoencoder_only, mesh, monkeypatch):
+    write = extracted.atomic.write_bytes
+
+    def killed(path, content):
+        if "-00002-of-" not in path.name:
+            return write(path, content)
+        path.with_name(f"{path.name}.tmp").write_bytes(content[: len(content) // 2])
+        raise Interrupted("nothing of ours is called when a process is killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extracted.atomic, "write_bytes", killed)
+        with pytest.raises(Interrupted):
+            codes.extract(autoencoder_only, mesh, lambda: None)
     folder = autoencoder_only.folder("codes")
-    largest = (run.folder("codes") / "train" / "bottom.npy").stat().length
-    add = extracted.Writer.add
+    before = {path: os.stat(path).st_ino for path in folder.glob("codes-train.*") if path.suffix != ".tmp"}
+    assert len(before) == 2
+    codes.extract(autoencoder_only, mesh, lambda: None)
+    assert contents(folder) == unbroken
+    assert {path: os.stat(path).st_ino for path in before} == before  # these were not made again
 
-    def with_little_room(self, rows):
+
+def test_what_another_autoencoder_began_is_made_anew(unbroken, autoencoder_only, mesh, capsys):
+    folder = autoencoder_only.folder("codes")
+    with pytest.raises(Interrupted):
+        codes.extract(autoencoder_only, mesh, interrupt_after(3))
+    values = json.loads((folder / "unfinished.json").read_text())
+    (folder / "unfinished.json").write_text(json.dumps(values | {"fingerprint": "another"}))
+    [shard] = folder.glob("*.tfrecord-*")
+    shard.write_bytes(b"codes of another autoencoder")
+    codes.extract(autoencoder_only, mesh, lambda: None)
+    assert "codes: begins anew, for its first part was made by another autoencoder" in capsys.readouterr().err
+    assert contents(folder) == unbroken
+
+
+def test_codes_for_which_there_is_no_room_leave_no_half_file_and_name_the_remedy(
+    unbroken, autoencoder_only, mesh, monkeypatch
+):
+    folder = autoencoder_only.folder("codes")
+    first = min(name for name in unbroken if "-train." in name)
+    write = extracted.atomic.write_bytes
+
+    def with_little_room(path, content):
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(unbroken[first]) // 2, hard))
         try:
-            return add(self, rows)
+            write(path, content)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
     with monkeypatch.context() as patch:
-        patch.setattr(extracted.Writer, "add", with_little_room)
+        patch.setattr(extracted.atomic, "write_bytes", with_little_room)
         with pytest.raises(InputError) as caught:
             codes.extract(autoencoder_only, mesh, lambda: None)
     assert str(caught.value) == (
-        f"cannot write {folder / 'train'} (File too large); make room, then the same command goes on"
+        f"cannot write {folder / first} (File too large); make room, then the same command goes on"
     )
-    assert list(folder.iterdir()) == []
-    # At the very end, when what is buffered goes to the disk.
+    assert [path.name for path in folder.iterdir()] == ["unfinished.json"]
+    # When what is buffered goes to the disk.
     with monkeypatch.context() as patch:
         patch.setattr(extracted.atomic, "flush", full_disk)
-        with pytest.raises(InputError, match=r"cannot write .*train \(No space left on device\); make room"):
+        with pytest.raises(InputError, match=r"cannot write .*train.* \(No space left on device\); make room"):
             codes.extract(autoencoder_only, mesh, lambda: None)
-    assert list(folder.iterdir()) == []
+    assert [path.name for path in folder.iterdir()] == ["unfinished.json"]
     codes.extract(autoencoder_only, mesh, lambda: None)
-    assert contents(folder) == contents(run.folder("codes"))
+    assert contents(folder) == unbroken
 
 
 def full_disk(_):
@@ -277,26 +336,42 @@ def test_a_sample_depends_on_its_seed_and_not_on_the_number_drawn(run, mesh):
     few = loaded.sample(jax.random.key(1), 2)
     np.testing.assert_array_equal(few, many[:2])
     assert len(np.unique(many.reshape(6, -1), axis=0)) == 6
-    assert loaded.draw(jax.random.key(1), 2)[1]["network_calls_per_batch"] == {"top": 4, "bottom": 16}
+    assert loaded.draw(jax.random.key(1), 2)[1]["calls_per_image"] == {"top": 4, "bottom": 16}
     greedy = loaded.sample(jax.random.key(2), 2, temperature=0.0)
     np.testing.assert_array_equal(greedy[0], greedy[1])  # without noise there is but one sample
 
 
-def test_the_cached_sampler_draws_the_same_images_as_whole_passes(run, mesh):
+def test_every_sampler_draws_the_same_images(run, mesh):
     loaded = chain.load(run, mesh)
     options = {"temperature": {"top": 1.0, "bottom": 0.8}, "top_k": {"top": 0, "bottom": 3}, "top_p": 0.9}
     drawn = {name: loaded.sample(jax.random.key(1), 3, sampler=name, **options) for name in chain.SAMPLERS}
-    np.testing.assert_array_equal(drawn["cached"], drawn["ancestral"])
+    for name in ("fixed_point", "ancestral"):
+        np.testing.assert_array_equal(drawn["cached"], drawn[name])
+    calls = loaded.draw(jax.random.key(1), 3, sampler="fixed_point", **options)[1]["calls_per_image"]
+    assert 1 <= calls["top"] <= 4 and 1 <= calls["bottom"] < 16
     assert (drawn["cached"] != loaded.sample(jax.random.key(1), 3, temperature=0.8)).any()
     # The single likeliest code is the greedy one, whatever the noise.
     likeliest = loaded.sample(jax.random.key(1), 2, top_k=1)
     np.testing.assert_array_equal(likeliest, loaded.sample(jax.random.key(2), 2, temperature=0.0))
 
 
+def test_the_samplers_are_measured(run, mesh, monkeypatch):
+    monkeypatch.setattr(chain.comparison, "BATCHES", (2,))
+    rows, shown = chain.load(run, mesh).compare_samplers(jax.random.key(0), io.StringIO())
+    assert [row["sampler"] for row in rows] == ["cached", "fixed_point", "ancestral"]
+    assert [row["exact"] for row in rows] == [None, True, True]
+    assert rows[0]["calls_percent"] == rows[2]["calls_percent"] == 100.0 > rows[1]["calls_percent"]
+    assert (rows[0]["calls_top"], rows[0]["calls_bottom"]) == (4, 16)
+    assert shown["samplers"].ndim == 3
+    monkeypatch.setattr(chain.comparison, "BUDGET", 0.0)
+    estimate = chain.load(run, mesh).compare_samplers(jax.random.key(0), io.StringIO())[0][2]
+    assert (estimate["seeds"], estimate["calls_bottom"], estimate["exact"]) == (0, 16, None)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"sampler": "fast"}, "there is no sampler 'fast' here; there are cached, ancestral"),
+        ({"sampler": "fast"}, "there is no sampler 'fast' here; there are cached, fixed_point, ancestral"),
         ({"temperature": {"top": 1.0}}, "temperature must be a number, or a dict for top, bottom, not for ['top']"),
         ({"top_k": {"top": 1, "middle": 2}}, "top_k must be a number, or a dict for top, bottom, not for ['top', 'mi"),
         ({"top_p": 0.0}, "top_p"),
@@ -404,10 +479,13 @@ def test_a_damaged_last_checkpoint_is_trained_again_and_the_codes_still_fit(run,
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
 def test_codes_that_are_not_what_was_written_are_refused(autoencoder_only, run, damage):
     shutil.copytree(run.folder("codes"), autoencoder_only.folder("codes"))
-    path = autoencoder_only.folder("codes") / "train" / "top.npy"
+    path = min(autoencoder_only.folder("codes").glob("codes-train.*"))
     content = path.read_bytes()
     path.unlink() if damage == "missing" else path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(InputError, match=r"top\.npy (is missing|has changed since it was written); remove the folder"):
+    with pytest.raises(
+        InputError,
+        match=r"00000-of-\d+ (is missing|has changed since it was written); remove the folder",
+    ):
         trainer.train(tiny_config(), str(autoencoder_only.workdir), "top")
     assert not autoencoder_only.folder("top").exists()
 

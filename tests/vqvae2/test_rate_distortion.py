@@ -1,0 +1,69 @@
+"""The rate and distortion of runs, from figures written by hand."""
+
+import importlib.util
+import json
+import math
+import pathlib
+import sys
+
+import pytest
+
+from bitsperdim import cli
+from bitsperdim import run as run_lib
+from bitsperdim.errors import InputError
+
+PATH = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "rate_distortion.py"
+SPEC = importlib.util.spec_from_file_location(PATH.stem, PATH)
+rate_distortion = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(rate_distortion)
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """`evaluated("small", num_codes, measured)` -> a run of 32x32 images whose evaluation.json says so."""
+
+    def make(name, num_codes, measured, images=100):
+        config = cli.load_config("vqvae2_photos:tiny")
+        config.autoencoder.model.num_codes = num_codes
+        run = run_lib.check(tmp_path / name, config)
+        run_lib.create(run)
+        about = {"shape": [32, 32, 3], "levels": 256, "num_classes": 0, "variance": 0.3}
+        run_lib.write_json(run.workdir / "autoencoder" / "data.json", about)
+        autoencoder = {"images": images, "mse": 0.04, "psnr_db": 20.0}
+        run_lib.write_json(
+            run.workdir / "evaluation.json", {"split": "evaluation", "autoencoder": autoencoder, **measured}
+        )
+        return str(run.workdir)
+
+    return make
+
+
+def test_levels_without_a_prior_count_as_uniform_codes_and_say_so(evaluated):
+    # Strides (4, 2): 4x4 codes above 8x8.
+    none = rate_distortion.case(evaluated("none", 512, {}))
+    assert none["bits_per_image"] == none["bits_uniform"] == 9 * (16 + 64)
+    assert none["rate_of"] == "top uniform, bottom uniform"
+    top = rate_distortion.case(evaluated("top", 100, {"top": {"rate_bits_per_image": 50.5}}))
+    assert top["bits_per_image"] == pytest.approx(50.5 + 64 * math.log2(100))
+    assert top["bits_uniform"] == pytest.approx(80 * math.log2(100))
+    assert top["rate_of"] == "top prior, bottom uniform"
+
+
+def test_the_command_prints_a_line_a_run_and_draws_the_curve(evaluated, monkeypatch, capsys, tmp_path):
+    priors = {"top": {"rate_bits_per_image": 60.0}, "bottom": {"rate_bits_per_image": 240.0}}
+    runs = [evaluated("large", 512, priors), evaluated("small", 64, priors)]
+    monkeypatch.setattr(sys, "argv", ["rate_distortion.py", *runs, f"--out={tmp_path / 'curve.png'}"])
+    rate_distortion.main()
+    small, large, *_ = capsys.readouterr().out.splitlines()
+    assert json.loads(small)["run"] == "small" and json.loads(large)["num_codes"] == 512
+    assert json.loads(small)["bits_per_image"] == 300.0
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_cannot_be_compared_are_refused(evaluated, tmp_path):
+    cases = [rate_distortion.case(evaluated(name, 64, {}, images)) for name, images in (("a", 100), ("b", 90))]
+    with pytest.raises(InputError, match="a: 100 images of evaluation; b: 90 images of evaluation"):
+        rate_distortion.check_comparable(cases)
+    (tmp_path / "a" / "evaluation.json").unlink()
+    with pytest.raises(InputError, match=r"evaluation.json is missing; python evaluate.py --workdir=.*a makes it"):
+        rate_distortion.case(str(tmp_path / "a"))
