@@ -190,7 +190,7 @@ def test_what_cannot_be_drawn_is_refused_in_words_of_the_call(loaded, wrong, mes
 
 def test_any_number_is_coded_a_few_at_a_time(run, loaded, images, encoded, monkeypatch):
     whole = loaded.decode(encoded)
-    monkeypatch.setattr(autoencoder_stage, "CHUNK", 16)  # 40 are two chunks and a half
+    monkeypatch.setattr(autoencoder_stage.facts_lib, "MOST_IMAGES", 16)  # 40 are two chunks and a half
     seen = []
     convolve = autoencoder_stage.Autoencoder.apply
 
