@@ -168,7 +168,7 @@ def _note_environment(run: Run) -> list[str]:
 
 
 def _refuse_differences(old: dict[str, Any], run: Run) -> None:
-    before = dict(config_lib.flatten(old))
+    before = dict(config_lib.flatten(_completed(old, run)))
     after = dict(config_lib.flatten(config_lib.to_plain(run.config)))
     lines = [
         f"         {key}   {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
@@ -181,6 +181,14 @@ def _refuse_differences(old: dict[str, Any], run: Run) -> None:
             f"{run.workdir} was trained with another config; use a new --workdir or the old values:\n"
             + "\n".join(lines + [reason for reason in reasons if reason])
         )
+
+
+def _completed(old: dict[str, Any], run: Run) -> dict[str, Any]:
+    """With the keys that have come since, at their defaults: what the code did before it had them."""
+    try:
+        return config_lib.to_plain(config_lib.unpack(old, type(run.config)))
+    except InputError:  # it has keys that are gone: they are among the differences
+        return old
 
 
 def _why_not_longer(key: str, before: dict[str, Any], after: dict[str, Any], run: Run) -> str:

@@ -46,6 +46,23 @@ def test_another_config_is_refused_with_every_difference_and_nothing_else(start,
     )
 
 
+def test_a_run_from_before_a_key_existed_goes_on_with_its_default(start, toy_config):
+    folder = start()
+    written = json.loads((folder / "config.json").read_text())
+    del written["train"]["skip_norm"]
+    (folder / "config.json").write_text(json.dumps(written))
+    run_lib.check(folder, toy_config())
+    assert "train.skip_norm   0.0 -> 3.0" in refusal(folder, toy_config({"train.skip_norm": 3.0}))
+
+
+def test_a_key_that_is_gone_is_a_difference(start, toy_config):
+    folder = start()
+    written = json.loads((folder / "config.json").read_text())
+    written["model"]["width"] = 3
+    (folder / "config.json").write_text(json.dumps(written))
+    assert refusal(folder, toy_config()).endswith("model.width   3 -> (absent)")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
