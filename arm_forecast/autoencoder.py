@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bitsperdim.batch_norm import BatchNorm
+from bitsperdim.convolution import Conv
 from bitsperdim.strided import DoublingConv, HalvingConv
 
 
@@ -20,7 +21,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
-        conv = lambda name: nn.Conv(x.shape[-1], (3, 3), use_bias=False, name=name)
+        conv = lambda name: Conv(x.shape[-1], (3, 3), use_bias=False, name=name)
         h = nn.relu(BatchNorm(name="norm_1")(conv("conv_1")(x), train))
         return nn.relu(x + BatchNorm(name="norm_2")(conv("conv_2")(h), train))
 
@@ -36,12 +37,12 @@ class Encoder(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h/4 w/4 l k"]:
         half, full = self.width // 2, self.width
         for name in ("conv_1", "conv_2"):
-            x = nn.relu(nn.Conv(half, (3, 3), name=name)(x))
+            x = nn.relu(Conv(half, (3, 3), name=name)(x))
         x = nn.relu(HalvingConv(half, name="down_1")(x))
         x = nn.relu(HalvingConv(full, name="down_2")(x))
         for name in ("block_1", "block_2"):
             x = BasicBlock(name=name)(x, train)
-        x = nn.Conv(self.channels * self.categories, (1, 1), name="to_codes")(x)
+        x = Conv(self.channels * self.categories, (1, 1), name="to_codes")(x)
         return x.reshape(*x.shape[:3], self.channels, self.categories)
 
 
@@ -54,13 +55,13 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, codes: Float[Array, "b h w l k"], train: bool) -> Float[Array, "b 4*h 4*w c"]:
         half, full = self.width // 2, self.width
-        x = nn.relu(nn.Conv(full, (1, 1), name="from_codes")(codes.reshape(*codes.shape[:3], -1)))
+        x = nn.relu(Conv(full, (1, 1), name="from_codes")(codes.reshape(*codes.shape[:3], -1)))
         for name in ("block_1", "block_2"):
             x = BasicBlock(name=name)(x, train)
         x = nn.relu(DoublingConv(full, name="up_1")(x))
         x = nn.relu(DoublingConv(half, name="up_2")(x))
-        x = nn.relu(nn.Conv(half, (3, 3), name="conv_1")(x))
-        return nn.Conv(self.image_channels, (3, 3), name="conv_2")(x)
+        x = nn.relu(Conv(half, (3, 3), name="conv_1")(x))
+        return Conv(self.image_channels, (3, 3), name="conv_2")(x)
 
 
 class Autoencoder(nn.Module):

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key, PyTree
 
 from bitsperdim import rng
+from bitsperdim.convolution import convolve
 
 OUTSIDE = -1  # stands for a pixel beyond the image's edge among the integer levels
 
@@ -172,9 +173,7 @@ def conv(x: Float[Array, "b h w i"], layer: dict[str, Array], stride: int = 1) -
     kernel = layer["kernel"]
     if x.shape[1:3] == kernel.shape[:2]:  # one output: a matrix product, which is faster
         return x.reshape(len(x), 1, 1, -1) @ kernel.reshape(-1, kernel.shape[-1]) + layer["bias"]
-    layout = ("NHWC", "HWIO", "NHWC")
-    y = jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=layout)
-    return y + layer["bias"]
+    return convolve(x, kernel, (stride, stride)) + layer["bias"]
 
 
 def u_stem(weights: Weights, e: Float[Array, "b h+2 w+2 e"]) -> Float[Array, "b h w f"]:

@@ -21,6 +21,7 @@ from arm_forecast.config import ModulesConfig
 from arm_forecast.gumbel import kl_divergence
 from arm_forecast.pixelcnn import Grid
 from bitsperdim import rng
+from bitsperdim.convolution import convolve
 from bitsperdim.errors import InputError
 
 
@@ -54,8 +55,7 @@ def whole(
     for name, maps in {"h": h.astype(jnp.float32), **inputs}.items():
         kernel = jnp.moveaxis(_masked(params, name, grid), 0, -2)  # [3, 3, in, t, m]
         kernel = kernel.reshape(3, 3, maps.shape[-1], count * filters)
-        layout = ("NHWC", "HWIO", "NHWC")
-        features += jax.lax.conv_general_dilated(maps, kernel, (1, 1), "SAME", dimension_numbers=layout)
+        features += convolve(maps, kernel, padding="SAME")
     return _logits(params, grid, features.reshape(*h.shape[:3], count, filters))
 
 

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from bitsperdim.convolution import convolve
+
 ROWS = "rows"  # the collection of what `CausalConv` keeps between cells
 
 
@@ -57,7 +59,7 @@ def causal_conv(
     """
     height, width = kernel.shape[:2]
     padding = ((height - 1, 0), (width - 1 - right, right))
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return convolve(x, kernel, padding=padding)
 
 
 class CausalConv(nn.Module):

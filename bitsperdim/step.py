@@ -24,7 +24,7 @@ class TrainConfig:
 
     batch_size: int  # global, over all hosts and devices
     steps: int
-    accumulation: int = 1  # micro-batches a step; less memory but on CPUs, and BatchNorm alone sees a difference
+    accumulation: int = 1  # micro-batches a step; less memory; BatchNorm alone sees a difference
     steps_per_dispatch: int = 1  # steps in one compiled program; more of them hide a slow host
     clip_norm: float = 0.0  # global gradient norm; 0: no clipping
     skip_norm: float = 0.0  # a step whose norm exceeds it is not taken; 0: only non-finite ones are not
@@ -114,14 +114,7 @@ def compiled(
         return {"step": state["step"] + 1, **new, "skips": skips}, Report(parts, aux.tallies, figures)
 
     def steps(state: PyTree, *batches: Batch) -> tuple[PyTree, Report]:
-        # XLA's CPU backend is an order of magnitude slower at gradients of convolutions inside a scan.
-        if len(batches) > 1 and jax.default_backend() != "cpu":
-            return jax.lax.scan(step, state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
-        reports = []
-        for batch in batches:
-            state, report = step(state, batch)
-            reports.append(report)
-        return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
+        return jax.lax.scan(step, state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
 
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
     return jax.jit(steps, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
@@ -139,22 +132,11 @@ def _gradients(model: Model, accumulation: int, state: PyTree, batch: Batch, key
         return of(batch)
     # A micro-batch takes every n-th example, so that each device cuts it from its own rows.
     micros = jax.tree.map(lambda leaf: leaf.reshape(-1, accumulation, *leaf.shape[1:]).swapaxes(0, 1), batch)
-    shapes = jax.eval_shape(of, _at(micros, 0))
+    shapes = jax.eval_shape(of, jax.tree.map(lambda leaf: leaf[0], micros))
     total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _without_parts(shapes))
-    parts = []
-    if jax.default_backend() != "cpu":
-        total, parts = jax.lax.scan(lambda total, micro: _add(total, of(micro)), total, micros)
-    else:  # unrolled, as the steps of a dispatch, which saves no memory
-        for i in range(accumulation):
-            total, values = _add(total, of(_at(micros, i)))
-            parts.append(values)
-        parts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    total, parts = jax.lax.scan(lambda total, micro: _add(total, of(micro)), total, micros)
     objective, aux, gradients = total
     return objective, aux._replace(parts=jax.tree.map(jnp.ravel, parts)), gradients
-
-
-def _at(micros: Batch, index: int) -> Batch:
-    return jax.tree.map(lambda leaf: leaf[index], micros)
 
 
 def _add(total: tuple[Array, Aux, PyTree], new: tuple[Array, Aux, PyTree]) -> tuple[tuple[Array, Aux, PyTree], PyTree]:

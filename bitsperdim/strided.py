@@ -1,15 +1,17 @@
-"""4x4 convolutions of stride 2 and their transposes, computed as 2x2 convolutions over blocks of 2x2 pixels.
+"""Convolutions of stride 2 and their transposes, computed as convolutions over blocks of 2x2 pixels.
 
-The same functions and parameters as `nn.Conv` and `nn.ConvTranspose` with kernel (4, 4), strides (2, 2) and padding
-SAME. Moving the four pixels of a block into channels leaves convolutions without strides or dilation, forward and
-backward. Of dilated ones XLA multiplies the zeros, on CPUs, which made a training step at 256 px three times as long.
+The same functions and parameters as `nn.Conv` and `nn.ConvTranspose` with strides (2, 2), padding SAME and kernel
+(4, 4), or (2, 2) for `BlockConvTranspose`. Moving the four pixels of a block into channels leaves convolutions without
+strides or dilation, forward and backward. Of dilated ones XLA multiplies the zeros, on CPUs, which made a training step
+at 256 px three times as long.
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
+
+from bitsperdim.convolution import convolve
 
 
 class HalvingConv(nn.Module):
@@ -25,7 +27,7 @@ class HalvingConv(nn.Module):
         # K[2 a + p] meets pixel p of the block a blocks further.
         blocks = kernel.reshape(2, 2, 2, 2, -1, self.features).transpose(0, 2, 1, 3, 4, 5)
         x = _space_to_depth(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
-        return _convolve(x, blocks.reshape(2, 2, -1, self.features)) + bias
+        return convolve(x, blocks.reshape(2, 2, -1, self.features)) + bias
 
 
 class DoublingConv(nn.Module):
@@ -41,18 +43,27 @@ class DoublingConv(nn.Module):
         # Blocks between pixels, not on them: block i holds out[2 i - 1] of K[1], K[3] and out[2 i] of K[0], K[2].
         phases = kernel.reshape(2, 2, 2, 2, -1, self.features)[:, ::-1, :, ::-1].transpose(0, 2, 4, 1, 3, 5)
         phases = phases.reshape(2, 2, -1, 4 * self.features)
-        x = _convolve(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), phases)
+        x = convolve(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), phases)
         return _depth_to_space(x)[:, 1:-1, 1:-1] + bias
 
 
-def _parameters(module: nn.Module, channels: int) -> tuple[Array, Array]:
+class BlockConvTranspose(nn.Module):
+    """out[2 i + t] = K[1 - t] x[i], t = 0, 1, in both directions: 2x2, stride 2. Every pixel becomes a block."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w f"]:
+        kernel, bias = _parameters(self, x.shape[-1], side=2)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return _depth_to_space(x @ kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(x.shape[-1], -1)) + bias
+
+
+def _parameters(module: nn.Module, channels: int, side: int = 4) -> tuple[Array, Array]:
     """Those of `nn.Conv` and `nn.ConvTranspose`, by name, shape and distribution."""
-    kernel = module.param("kernel", nn.initializers.lecun_normal(), (4, 4, channels, module.features))
+    kernel = module.param("kernel", nn.initializers.lecun_normal(), (side, side, channels, module.features))
     return kernel, module.param("bias", nn.initializers.zeros, (module.features,))
-
-
-def _convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "2 2 c f"]) -> Float[Array, "b h-1 w-1 f"]:
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def _space_to_depth(x: Float[Array, "b 2*h 2*w c"]) -> Float[Array, "b h w 4*c"]:

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bitsperdim.convolution import Conv
 from bitsperdim.strided import DoublingConv, HalvingConv
 from vqvae2 import quantizer
 from vqvae2.quantizer import Quantized
@@ -41,8 +42,8 @@ class ResidualStack(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         for i in range(self.layers):
-            h = nn.Conv(self.width, (3, 3), dtype=self.dtype, name=f"block_{i}_conv3")(nn.relu(x))
-            x = x + nn.Conv(x.shape[-1], (1, 1), dtype=self.dtype, name=f"block_{i}_conv1")(nn.relu(h))
+            h = Conv(self.width, (3, 3), dtype=self.dtype, name=f"block_{i}_conv3")(nn.relu(x))
+            x = x + Conv(x.shape[-1], (1, 1), dtype=self.dtype, name=f"block_{i}_conv1")(nn.relu(h))
         return nn.relu(x)
 
 
@@ -60,7 +61,7 @@ class Encoder(nn.Module):
         for i in range(_octaves(self.stride)):
             width = self.hidden // 2 if i == 0 else self.hidden
             x = nn.relu(HalvingConv(width, self.dtype, name=f"down_{i}")(x))
-        x = nn.Conv(self.hidden, (3, 3), dtype=self.dtype, name="conv")(x)
+        x = Conv(self.hidden, (3, 3), dtype=self.dtype, name="conv")(x)
         return ResidualStack(self.layers, self.residual, self.dtype, name="residual")(x)
 
 
@@ -77,7 +78,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h*s w*s d"]:
         octaves = _octaves(self.stride)
-        x = nn.Conv(self.hidden, (3, 3), dtype=self.dtype, name="conv")(x)
+        x = Conv(self.hidden, (3, 3), dtype=self.dtype, name="conv")(x)
         x = ResidualStack(self.layers, self.residual, self.dtype, name="residual")(x)
         widths = ([self.hidden] * octaves + [self.hidden // 2, self.features])[-octaves:]
         for i, width in enumerate(widths):
@@ -133,7 +134,7 @@ class Autoencoder(nn.Module):
         sizes = {"hidden": self.hidden, "residual": self.residual, "layers": self.layers, "dtype": self.dtype}
         self.encoders = {level: Encoder(strides[level], **sizes, name=f"encoder_{level}") for level in self.levels}
         self.to_code = {
-            level: nn.Conv(self.code_dim, (1, 1), dtype=self.dtype, name=f"to_code_{level}") for level in self.levels
+            level: Conv(self.code_dim, (1, 1), dtype=self.dtype, name=f"to_code_{level}") for level in self.levels
         }
         self.decoders = {
             level: Decoder(strides[level], widths[level], **sizes, name=f"decoder_{level}") for level in self.levels

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bitsperdim.batch_norm import BatchNorm
-from bitsperdim.strided import DoublingConv
+from bitsperdim.convolution import Conv
+from bitsperdim.strided import BlockConvTranspose, DoublingConv
 from vqvae2.embedding import Embedding
 
 
@@ -27,11 +28,11 @@ class ConditioningBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
         h = nn.relu(self._normalise(x, train))
-        h = nn.relu(nn.Conv(self.width, (1, 1), dtype=self.dtype, name="reduce")(h))
-        h = nn.relu(nn.Conv(self.width, (3, 3), dtype=self.dtype, name="conv")(h))
+        h = nn.relu(Conv(self.width, (1, 1), dtype=self.dtype, name="reduce")(h))
+        h = nn.relu(Conv(self.width, (3, 3), dtype=self.dtype, name="conv")(h))
         # Up to sixty blocks add to one stream: small at first, so that their sum starts close to the input.
         small = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
-        return x + nn.Conv(x.shape[-1], (1, 1), dtype=self.dtype, kernel_init=small, name="expand")(h)
+        return x + Conv(x.shape[-1], (1, 1), dtype=self.dtype, kernel_init=small, name="expand")(h)
 
     def _normalise(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
         match self.norm:
@@ -66,14 +67,14 @@ class ConditioningStack(nn.Module):
             raise ValueError(
                 f"a grid of {x.shape[1]} x {x.shape[2]} cannot be halved {lowest} times; give fewer widths"
             )
-        x = nn.Conv(self.widths[0], (1, 1), dtype=self.dtype, name="input")(x)
+        x = Conv(self.widths[0], (1, 1), dtype=self.dtype, name="input")(x)
         streams = []
         for i in range(lowest):
             streams.append(self._run(x, f"before_{i}", i, self.blocks // 2, train))
-            x = nn.Conv(self.widths[i + 1], (1, 1), (2, 2), dtype=self.dtype, name=f"down_{i}")(streams[-1])
+            x = Conv(self.widths[i + 1], (1, 1), (2, 2), dtype=self.dtype, name=f"down_{i}")(streams[-1])
         x = self._run(x, "lowest", lowest, self.blocks, train)
         for i in reversed(range(lowest)):
-            x = streams[i] + nn.ConvTranspose(self.widths[i], (2, 2), (2, 2), dtype=self.dtype, name=f"up_{i}")(x)
+            x = streams[i] + BlockConvTranspose(self.widths[i], self.dtype, name=f"up_{i}")(x)
             x = self._run(x, f"after_{i}", i, self.blocks // 2, train)
         return x
 

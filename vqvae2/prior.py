@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from bitsperdim import rng
 from bitsperdim.causal import ROWS, CausalConv, Cell, attention_weights, shift_down, shift_right, strictly_before
+from bitsperdim.convolution import Conv
 from vqvae2.conditioning import Conditioner
 from vqvae2.embedding import Embedding
 
@@ -115,11 +116,11 @@ class GatedResidual(nn.Module):
         activation, features, size = ACTIVATIONS[self.activation], x.shape[-1], (self.kernel, self.kernel)
         h = CausalConv(self.residual, size, dtype=self.dtype, name="conv_in")(activation(x), cell)
         if aux is not None:
-            h = h + nn.Conv(self.residual, (1, 1), dtype=self.dtype, name="aux")(activation(aux))
+            h = h + Conv(self.residual, (1, 1), dtype=self.dtype, name="aux")(activation(aux))
         h = _dropout(self.name, keys, self.dropout, activation(h))
         h = CausalConv(2 * features, size, dtype=self.dtype, kernel_init=SMALL_INIT, name="conv_out")(h, cell)
         if conditioning is not None:
-            h = h + nn.Conv(2 * features, (1, 1), use_bias=False, dtype=self.dtype, name="conditioning")(conditioning)
+            h = h + Conv(2 * features, (1, 1), use_bias=False, dtype=self.dtype, name="conditioning")(conditioning)
         if self.num_classes:
             zeros = nn.initializers.zeros
             bias = Embedding(self.num_classes, 2 * features, self.dtype, table_init=zeros, name="class_bias")
@@ -183,7 +184,7 @@ class CausalAttention(nn.Module):
 
     def _project(self, x: Float[Array, "b h w c"], name: str, features: int) -> Float[Array, "b h w d"]:
         x = self._gated(x.shape[-1], f"{name}_gated")(x)
-        return nn.Conv(features, (1, 1), dtype=self.dtype, name=f"{name}_projection")(x)
+        return Conv(features, (1, 1), dtype=self.dtype, name=f"{name}_projection")(x)
 
 
 def _with_place(
@@ -204,9 +205,9 @@ class OutputBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], keys: Key[Array, " b"] | None) -> Float[Array, "b h w c"]:
         activation = ACTIVATIONS[self.activation]
-        h = activation(nn.Conv(self.residual, (1, 1), dtype=self.dtype, name="conv_in")(activation(x)))
+        h = activation(Conv(self.residual, (1, 1), dtype=self.dtype, name="conv_in")(activation(x)))
         h = _dropout(self.name, keys, self.dropout, h)
-        return x + nn.Conv(x.shape[-1], (1, 1), dtype=self.dtype, kernel_init=SMALL_INIT, name="conv_out")(h)
+        return x + Conv(x.shape[-1], (1, 1), dtype=self.dtype, kernel_init=SMALL_INIT, name="conv_out")(h)
 
 
 class PixelSnail(nn.Module):
@@ -269,7 +270,7 @@ class PixelSnail(nn.Module):
                 x = attention(name=f"attention_{i // self.attention_every}")(x, embedded, keys, cell)
         for i in range(self.output_layers):
             x = OutputBlock(self.residual, **shared, name=f"output_{i}")(x, keys)
-        return nn.Conv(self.num_codes, (1, 1), name="head")(nn.elu(x).astype(jnp.float32))
+        return Conv(self.num_codes, (1, 1), name="head")(nn.elu(x).astype(jnp.float32))
 
 
 def _around(codes: Int[Array, "b h w"], cell: Cell) -> Int[Array, "b 2 3"]:

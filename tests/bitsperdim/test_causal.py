@@ -11,7 +11,7 @@ from bitsperdim import causal
 def seen_by_each_output(f, height, width):
     """seen[i, j, a, b]: does output (i, j) of f depend on input (a, b)?"""
     x = jax.random.normal(jax.random.key(0), (1, height, width, 1))
-    jacobian = jax.jacfwd(lambda x: f(x)[0, :, :, 0])(x)[..., 0, :, :, 0]
+    jacobian = jax.jacrev(lambda x: f(x)[0, :, :, 0])(x)[..., 0, :, :, 0]
     return np.asarray(jacobian) != 0
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitsperdim.strided import DoublingConv, HalvingConv
+from bitsperdim.strided import BlockConvTranspose, DoublingConv, HalvingConv
 
 
 @pytest.mark.parametrize(
@@ -14,8 +14,9 @@ from bitsperdim.strided import DoublingConv, HalvingConv
     [
         (HalvingConv(5), nn.Conv(5, (4, 4), (2, 2))),
         (DoublingConv(5), nn.ConvTranspose(5, (4, 4), (2, 2))),
+        (BlockConvTranspose(5), nn.ConvTranspose(5, (2, 2), (2, 2))),
     ],
-    ids=["halving", "doubling"],
+    ids=["halving", "doubling", "blocks"],
 )
 def test_equals_the_convolution_of_flax(ours, theirs, assert_same_bits):
     x = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))

@@ -1,0 +1,104 @@
+"""The convolution that all families use: XLA's own, but with gradients that its CPU backend computes fast.
+
+On CPUs XLA is slow at the two gradients of a convolution, an order of magnitude slower where they stand inside a
+`lax.scan`, and at convolutions whose kernels have one pixel. Both gradients are linear maps that can be written as
+what it is fast at, ordinary convolutions and matrix products:
+
+    dL/dx = dL/dy padded by k - 1, convolved with the kernel turned by 180 degrees,
+    dL/dk[i, j] = x[i : i + h, j : j + w]^T dL/dy, a matrix product for each tap.
+
+So scanned layers, steps and micro-batches run on CPUs as fast as unrolled ones. Accelerators have kernels of their own
+for these gradients and get XLA's operation. The price, on CPUs: no forward-mode differentiation (`jax.jvp`, `jacfwd`)
+through a convolution.
+Not here: what makes convolutions causal (`causal.py`); 4x4 kernels of stride 2 (`strided.py`).
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+Padding = str | Sequence[tuple[int, int]]  # 'SAME', 'VALID' or (before, after) of both axes
+
+
+def convolve(
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "kh kw c f"],
+    strides: tuple[int, int] = (1, 1),
+    padding: Padding = "VALID",
+) -> Float[Array, "b _ _ f"]:
+    """y[i, j] = sum over a, b of x[s i + a, s j + b] k[a, b], without a bias, as `lax.conv_general_dilated`."""
+    if jax.default_backend() != "cpu":
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT)
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    if any(sum(sides) for sides in padding):
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    if kernel.shape[:2] == (1, 1):
+        return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
+    if strides != (1, 1):
+        x, kernel = _blocks(x, kernel, strides)
+    return _valid(x, kernel)
+
+
+def _blocks(x: Array, kernel: Array, strides: tuple[int, int]) -> tuple[Array, Array]:
+    """The same convolution without strides, over blocks of pixels moved into channels.
+
+    The kernel is filled up with zeros to whole blocks. What is left of x beyond the last output is cut off.
+    """
+    (sy, sx), (kh, kw, inputs, outputs) = strides, kernel.shape
+    by, bx = -(-kh // sy), -(-kw // sx)
+    height, width = ((x.shape[1] - kh) // sy + by) * sy, ((x.shape[2] - kw) // sx + bx) * sx
+    x = jnp.pad(x, ((0, 0), (0, max(height - x.shape[1], 0)), (0, max(width - x.shape[2], 0)), (0, 0)))
+    x = x[:, :height, :width].reshape(len(x), height // sy, sy, width // sx, sx, inputs)
+    kernel = jnp.pad(kernel, ((0, by * sy - kh), (0, bx * sx - kw), (0, 0), (0, 0)))
+    kernel = kernel.reshape(by, sy, bx, sx, inputs, outputs).transpose(0, 2, 1, 3, 4, 5)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(*x.shape[:3], -1), kernel.reshape(by, bx, -1, outputs)
+
+
+@jax.custom_vjp
+def _valid(x: Array, kernel: Array) -> Array:
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=LAYOUT)
+
+
+def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _valid(x, kernel), (x, kernel)
+
+
+def _backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    (kh, kw, inputs, outputs), (height, width) = kernel.shape, dy.shape[1:3]
+    around = ((0, 0), (kh - 1, kh - 1), (kw - 1, kw - 1), (0, 0))
+    dx = _valid(jnp.pad(dy, around), kernel[::-1, ::-1].swapaxes(2, 3))
+    taps = [x[:, a : a + height, b : b + width].reshape(-1, inputs) for a in range(kh) for b in range(kw)]
+    flat = dy.reshape(-1, outputs)
+    over_pixels = lambda tap: jax.lax.dot_general(tap, flat, (((0,), (0,)), ((), ())))
+    return dx, jnp.stack([over_pixels(tap) for tap in taps]).reshape(kernel.shape)
+
+
+_valid.defvjp(_forward, _backward)
+
+
+def _of_linen(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: Padding,
+    feature_group_count: int = 1,
+    **dilation: Any,
+) -> Array:
+    """`convolve` as `nn.Conv` calls its `conv_general_dilated`."""
+    dilated = any(step != 1 for name in ("lhs_dilation", "rhs_dilation") for step in dilation[name])
+    if dilated or feature_group_count != 1 or lhs.ndim != 4:
+        raise ValueError("this convolution has two dimensions, one group and no dilation; use flax.linen.Conv itself")
+    return convolve(lhs, rhs, (window_strides[0], window_strides[1]), padding)
+
+
+# `flax.linen.Conv` of two dimensions with this convolution.
+Conv = functools.partial(nn.Conv, conv_general_dilated=_of_linen)
