@@ -10,25 +10,25 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from arm_forecast import gumbel
-from bitsperdim import metrics, rng, trainer
+from bitsperdim import metrics, rng, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
-from vqvae2 import autoencoder_stage, codes, comparison, facts, sampling
+from vqvae2 import autoencoder_stage, codes, comparison, facts, runs, sampling
 from vqvae2.autoencoder import level_names
 from vqvae2.conditioning import Conditioner, ConditioningStack
-from vqvae2.config import ConditionedPriorConfig
-from vqvae2.prior import KEPT, PixelSnail, Prior
+from vqvae2.prior import PixelSnail, Prior, incremental
+from vqvae2.runs import Manner
 
 Draw = Callable[..., tuple[Int[Array, "b h w"], Int[Array, " b"]]]
 PerLevel = float | Mapping[str, float]
 SAMPLERS = ("cached", "fixed_point", "ancestral")
-BATCH = 64  # samples drawn at once
+BATCH = 64  # samples drawn at once where nothing else is said
 
 
 class _Options(NamedTuple):
@@ -45,28 +45,34 @@ def network(run: Run, name: str) -> Prior:
             f"{name}.model.class_conditional=True, but the images have no labels; set it to False, or use images with "
             "labels (of a folder with sub-folders: data.labels=True)"
         )
-    num_codes = run.config.autoencoder.model.num_codes
+    num_codes, dtype = run.config.autoencoder.model.num_codes, jnp.dtype(config.dtype)
+    manner = Manner(runs.is_scanned(config.scan), config.remat)
+    reading = config.reading
+    if reading == "auto":
+        reading = "quadrant" if config.attention_every else "causal"
     pixel_snail = PixelSnail(
         num_codes=num_codes,
         embedding=config.embedding,
         hidden=config.hidden,
         residual=config.residual,
         layers=config.layers,
-        kernel=(config.filter + 1) // 2,
+        kernel=config.filter if reading == "causal" else (config.filter + 1) // 2,
+        reading=reading,
         activation=config.activation,
         attention_every=config.attention_every,
         attention_heads=config.attention_heads,
         attention_features=config.attention_features,
+        attention_dropped=config.attention_dropped,
         output_layers=config.output_layers,
         dropout=config.dropout,
         num_classes=about.num_classes if config.class_conditional else 0,
-        dtype=jnp.dtype(config.dtype),
-        remat=config.remat,
+        dtype=dtype,
+        manner=manner,
     )
-    if not isinstance(config, ConditionedPriorConfig):
-        return Prior(pixel_snail)
     shape = config.conditioning
-    stack = ConditioningStack(shape.blocks, shape.widths, shape.bottlenecks, shape.norm, jnp.dtype(config.dtype))
+    if shape is None:
+        return Prior(pixel_snail)
+    stack = ConditioningStack(shape.blocks, shape.widths, shape.bottlenecks, shape.norm, dtype, manner)
     grid = grids(run)
     height, width = grid[_above(run, name)]
     halvings = len(shape.widths) - 1
@@ -76,7 +82,7 @@ def network(run: Run, name: str) -> Prior:
             f"'{_above(run, name)}' {halvings} times, which does not divide it; give fewer widths"
         )
     octaves = (grid[name][0] // grid[_above(run, name)][0]).bit_length() - 1
-    return Prior(pixel_snail, Conditioner(num_codes, config.embedding, stack, octaves, jnp.dtype(config.dtype)))
+    return Prior(pixel_snail, Conditioner(num_codes, config.embedding, stack, octaves, dtype))
 
 
 def grids(run: Run) -> dict[str, tuple[int, int]]:
@@ -91,42 +97,72 @@ def upper(run: Run, name: str, batch: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(batch[level] for level in levels[: levels.index(name)])
 
 
-def draw(run: Run, name: str, sampler: str = "cached", top_k: int = 0, top_p: float = 1.0) -> Draw:
-    """(params, extra, example keys, codes above, labels, temperature) -> codes of level `name`, calls of each example.
+def draw(run: Run, name: str, mesh: Mesh, sampler: str = "cached", top_k: int = 0, top_p: float = 1.0) -> Draw:
+    """(params, extra, key, ids, codes above, labels, temperature) -> codes of level `name`, calls of each example.
 
-    Compiled. An example's codes depend on its own key alone, not on the batch. The conditioning stack runs once.
-    'cached' evaluates each cell once, 'fixed_point' whole grids as often as forecasts fail, 'ancestral' the whole grid
-    for each cell: the same codes.
+    Compiled. Sample i of a key is the same in any batch. The conditioning stack runs once. 'cached' evaluates each cell
+    once, 'fixed_point' whole grids as often as forecasts fail, 'ancestral' the whole grid for each cell: the same
+    codes. Examples are spread over the devices of the mesh, each of which has all weights and draws by itself.
     """
     net, (height, width) = network(run, name), grids(run)[name]
+    num_codes = net.network.num_codes
 
-    @jax.jit
     def sample(
         params: PyTree,
         extra: PyTree,
-        keys: Key[Array, " b"],
+        key: Key[Array, ""],
+        ids: Int[Array, " b"],
         above: tuple[Int[Array, "b hl wl"], ...],
         label: Int[Array, " b"] | None,
         temperature: Float[Array, ""],
     ) -> tuple[Int[Array, "b h w"], Int[Array, " b"]]:
         variables = {"params": params, **extra}
         condition = net.apply(variables, above, method="condition")
-        keys = jax.vmap(lambda key: rng.for_purpose(key, name))(keys)
+        key = rng.for_purpose(key, name)
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        logits = lambda grid, context: net.apply(variables, grid, *context, method="logits")
         if sampler == "fixed_point":
-            size = height, width, net.network.num_codes
-            logits = lambda grid, context: net.apply(variables, grid, *context, method="logits")
-            return sampling.sample_codes_predictively(logits, keys, (condition, label), size, **options)  # pyright: ignore
-        noise, shape = sampling.gumbel_noise(keys, net.network.num_codes), (len(keys), height, width)
-        calls = jnp.full(len(keys), height * width)
-        if sampler == "ancestral":
-            logits = lambda grid: net.apply(variables, grid, condition, label, method="logits")
-            return sampling.sample_codes(logits, noise, shape, **options), calls  # pyright: ignore
-        cell_logits = functools.partial(net.apply, method="cell_logits", mutable=KEPT)
-        at_cell = lambda grid, cell, kept: cell_logits(variables | kept, grid, cell, condition, label)
-        return sampling.sample_codes_cached(at_cell, noise, shape, **options), calls  # pyright: ignore
+            size, context = (height, width, num_codes), (condition, label)
+            return sampling.sample_codes_predictively(logits, key, ids, context, size, **options)  # pyright: ignore
+        if sampler == "cached":
+            evaluator = incremental(net, variables, condition, label)  # pyright: ignore
+        else:
+            evaluator = sampling.whole(lambda grid: logits(grid, (condition, label)))  # pyright: ignore
+        noise = sampling.gumbel_noise(key, ids, num_codes)
+        drawn = sampling.sample_codes(evaluator, noise, (len(ids), height, width), **options)
+        return drawn, jnp.full(len(ids), height * width)
 
-    return sample
+    whole, batch = PartitionSpec(), sharding.over_batch(mesh).spec
+    # Not left to the compiler, which might spread a layer over the devices: a message for each layer of each cell.
+    places = {"in_specs": (whole, whole, whole, batch, batch, batch, whole), "out_specs": batch}
+    spread = jax.shard_map(sample, mesh=mesh, **places, check_vma=False)
+    compiled = jax.jit(spread, out_shardings=sharding.replicated(mesh))
+
+    def any_batch(
+        params: PyTree, extra: PyTree, key: Array, ids: Array, above: tuple, label: Array | None, temperature
+    ):
+        count = len(ids)
+        pad = lambda rows: jnp.pad(rows, [(0, -count % mesh.size)] + [(0, 0)] * (rows.ndim - 1), mode="edge")
+        drawn = compiled(params, extra, key, *jax.tree.map(pad, (ids, above, label)), jnp.float32(temperature))
+        return jax.tree.map(lambda rows: rows[:count], drawn)
+
+    return any_batch
+
+
+def for_drawing(run: Run, name: str, state: PyTree, mesh: Mesh) -> tuple[PyTree, PyTree]:
+    """Weights and running moments of a prior on every device, in the type that its layers compute in.
+
+    Drawing reads all weights for each cell, so half of their bytes is half of its time. The same values as without:
+    layers round their weights to that type anyway. The last layer and normalisations do not, and keep theirs.
+    """
+    dtype = jnp.dtype(run.config.prior(name).model.dtype)
+
+    def cast(path, leaf: Array) -> Array:
+        exact = any(part in jax.tree_util.keystr(path, simple=True, separator="/") for part in ("head/", "norm/"))
+        return leaf if exact else leaf.astype(dtype)
+
+    place = jax.jit(lambda tree: jax.tree_util.tree_map_with_path(cast, tree), out_shardings=sharding.replicated(mesh))
+    return place(state["ema"]), jax.device_put(state["extra"], sharding.replicated(mesh))
 
 
 def load(run: Run, mesh: Mesh) -> Loaded:
@@ -155,26 +191,31 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         top_k: PerLevel = 0,
         top_p: PerLevel = 1.0,
         sampler: str = "cached",
+        batch_size: int = BATCH,
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """n images and what they took; without `label` every class in turn, where there are classes.
 
         `temperature`, `top_k` and `top_p` are one value, or a dict of one for each level. `sampler`: one
-        of `SAMPLERS`, which all draw the same codes.
+        of `SAMPLERS`, which all draw the same codes. `batch_size` images are drawn at once, on all devices together;
+        the images do not depend on it.
         """
-        if n < 1:
-            raise InputError(f"n must be at least 1, not {n}")
+        for what, number in (("n", n), ("batch_size", batch_size)):
+            if number < 1:
+                raise InputError(f"{what} must be at least 1, not {number}")
         if sampler not in SAMPLERS:
             raise InputError(f"there is no sampler '{sampler}' here; there are {', '.join(SAMPLERS)}")
         options = {level: _options(run, level, temperature, top_k, top_p) for level in grids(run)}
-        pictures, calls, labels = chain()(key, n, label, sampler, options)
-        about: dict[str, Any] = {"sampler": sampler, "batch": min(n, BATCH), "calls_per_image": calls}
+        size = min(n, sharding.whole_batch(batch_size, mesh))
+        pictures, calls, labels = chain()(key, n, size, label, sampler, options)
+        about: dict[str, Any] = {"sampler": sampler, "batch_size": size, "calls_per_image": calls}
         return pictures, about if labels is None else about | {"labels": labels}
 
     def compare_samplers(key: Key[Array, ""], stream: TextIO) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         """`comparison.compare` at temperature 1."""
         plain = {level: _Options(1.0, 0, 1.0) for level in grids(run)}
         cells = {level: height * width for level, (height, width) in grids(run).items()}
-        return comparison.compare(lambda key, n, sampler: chain()(key, n, None, sampler, plain)[:2], cells, key, stream)
+        draw = lambda key, n, sampler: chain()(key, n, n, None, sampler, plain)[:2]
+        return comparison.compare(draw, cells, key, stream)
 
     def log_prob(images: np.ndarray, key: Key[Array, ""] | None = None, samples: int = 1) -> NoReturn:
         """Raises InputError: there is none."""
@@ -208,40 +249,37 @@ def _options(run: Run, level: str, temperature: PerLevel, top_k: PerLevel, top_p
 
 
 def _sampler(run: Run, mesh: Mesh) -> Callable[..., tuple[UInt8[np.ndarray, "n h w c"], dict[str, float], Any]]:
-    """sample(key, count, label, sampler, options by level) -> images, mean calls by level, class of each image or None.
+    """sample(key, count, size, label, sampler, options by level) -> images, mean calls by level, their classes or None.
 
-    Raises InputError where a stage has no checkpoint, or a label does not fit.
+    `size` samples are drawn at once. Raises InputError where a stage has no checkpoint, or a label does not fit.
     """
-    trained = {name: trainer.restore(run, name, mesh)[1] for name in grids(run)}
+    weights = {name: for_drawing(run, name, trainer.restore(run, name, mesh)[1], mesh) for name in grids(run)}
     compiled = functools.cache(functools.partial(draw, run))
     autoencoder, decode = codes.autoencoder(run, mesh), autoencoder_stage.coder(run).decode
 
     def some(
-        keys: Key[Array, " b"], label: Array | None, sampler: str, options: dict[str, _Options]
+        key: Key[Array, ""], ids: Array, label: Array | None, sampler: str, options: dict[str, _Options]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         drawn: dict[str, Array] = {}
         calls: dict[str, np.ndarray] = {}
-        for name, state in trained.items():
+        for name, (params, extra) in weights.items():
             temperature, top_k, top_p = options[name]
-            sample = compiled(name, sampler, top_k, top_p)
-            above = upper(run, name, drawn)
-            drawn[name], taken = sample(state["ema"], state["extra"], keys, above, label, jnp.float32(temperature))
+            sample = compiled(name, mesh, sampler, top_k, top_p)
+            drawn[name], taken = sample(params, extra, key, ids, upper(run, name, drawn), label, temperature)
             calls[name] = np.asarray(taken)
         return decode(autoencoder["ema"], autoencoder["extra"], drawn), calls
 
     def sample(
-        key: Key[Array, ""], count: int, label: int | None, sampler: str, options: dict[str, _Options]
+        key: Key[Array, ""], count: int, size: int, label: int | None, sampler: str, options: dict[str, _Options]
     ) -> tuple[np.ndarray, dict[str, float], list[int] | None]:
         labels = _labels(run, count, label)
-        # Whole batches: another size would be another program to compile.
-        size = min(count, BATCH)
-        keys = rng.per_example(key, jnp.arange(-(-count // size) * size))
         report = metrics.counting("samples", count, run_lib.stream())
         parts = []
         for start in range(0, count, size):
-            part = np.arange(start, start + size)
-            of_part = None if labels is None else labels[part % count]
-            parts.append(some(keys[part], of_part, sampler, options))
+            # Whole batches: another size would be another program to compile.
+            ids = jnp.arange(start, start + size, dtype=jnp.int32)
+            of_part = None if labels is None else labels[ids % count]
+            parts.append(some(key, ids, of_part, sampler, options))
             report(min(start + size, count))
         pictures = np.concatenate([drawn for drawn, _ in parts])[:count]
         calls = {name: float(np.concatenate([taken[name] for _, taken in parts])[:count].mean()) for name in grids(run)}

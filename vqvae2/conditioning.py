@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int
 from bitsperdim.batch_norm import BatchNorm
 from bitsperdim.convolution import Conv
 from bitsperdim.strided import BlockConvTranspose, DoublingConv
+from vqvae2 import runs
 from vqvae2.embedding import Embedding
+from vqvae2.runs import Manner
 
 
 class ConditioningBlock(nn.Module):
@@ -59,6 +61,7 @@ class ConditioningStack(nn.Module):
     bottlenecks: tuple[int, ...]
     norm: str = "group"
     dtype: jnp.dtype = jnp.float32
+    manner: Manner = Manner()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = False) -> Float[Array, "b h w d"]:
@@ -81,9 +84,10 @@ class ConditioningStack(nn.Module):
     def _run(
         self, x: Float[Array, "b h w c"], name: str, resolution: int, count: int, train: bool
     ) -> Float[Array, "b h w c"]:
-        for i in range(count):
-            x = ConditioningBlock(self.bottlenecks[resolution], self.norm, self.dtype, name=f"{name}_{i}")(x, train)
-        return x
+        if not count:
+            return x
+        block = ConditioningBlock(self.bottlenecks[resolution], self.norm, self.dtype, name=name)
+        return runs.run(block, lambda block, x, index: block(x, train), x, count, self.manner)
 
 
 class Conditioner(nn.Module):

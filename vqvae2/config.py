@@ -12,7 +12,10 @@ from bitsperdim.data import DataConfig
 from bitsperdim.optim import OptimConfig
 from bitsperdim.sharding import MeshConfig
 from bitsperdim.step import TrainConfig
+from vqvae2.attention import DROPPED
 from vqvae2.autoencoder import level_names
+from vqvae2.prior import READINGS
+from vqvae2.runs import SCANS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,51 +104,15 @@ class CodesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PriorConfig:
-    """The network of a prior (`prior.py`)."""
-
-    hidden: int = 512
-    residual: int = 2048
-    layers: int = 20
-    # Side of the paper's kernels, of which a layer has the upper left quarter, as PixelSNAIL's: 3x3 of 5x5. That
-    # reading gives 28.3 M parameters a layer at 512/2048 and 0.57 B in 20 layers; the full causal 5x5 would give 1.6
-    # B, which the paper's 128 TPUv3 cores could hardly have trained. It sees the rows above up to one column to its
-    # right and no further; attention sees the rest.
-    filter: int = 5
-    activation: str = "elu"  # or 'concat_elu', as PixelSNAIL
-    embedding: int = 64
-    attention_every: int = 0  # layers between two attentions; 0: none
-    attention_heads: int = 8
-    attention_features: int = 256  # key, query and value dimensions of all heads together
-    output_layers: int = 0
-    dropout: float = 0.1
-    class_conditional: bool = False
-    dtype: str = "float32"  # of the layers; or 'bfloat16'. Parameters, logits and likelihood stay float32
-    remat: bool = False  # compute activations of layers again in the backward pass: less memory, a third more work
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "hidden", "residual", "layers", "embedding", "attention_heads")
-        at_least(self, 0, "attention_every", "output_layers")
-        if self.filter < 3 or not self.filter % 2:
-            raise ValueError(f"filter must be odd and at least 3, not {self.filter}")
-        one_of(self, activation=("elu", "concat_elu"), dtype=("float32", "bfloat16"))
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
-        if self.attention_every and self.attention_features % self.attention_heads:
-            raise ValueError(
-                f"attention_features must be a multiple of attention_heads={self.attention_heads}, "
-                f"not {self.attention_features}"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
 class ConditioningConfig:
     """The stack that turns the codes above into a map (`conditioning.py`), from the finest resolution down."""
 
     blocks: int = 20
     widths: tuple[int, ...] = (1024, 2048, 2048)
     bottlenecks: tuple[int, ...] = (256, 512, 512)
-    norm: str = "batch"  # as the paper; or 'group', 'none'
+    # As the paper. With accumulation each micro-batch is normalised by itself, which is another model than the paper's;
+    # 'group' is the same function for any batch. Or 'none'.
+    norm: str = "batch"
 
     def __post_init__(self) -> None:
         at_least(self, 1, "blocks")
@@ -155,25 +122,63 @@ class ConditioningConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ConditionedPriorConfig(PriorConfig):
-    """A prior below the top level."""
+class PriorConfig:
+    """The network of a prior (`prior.py`). One below the top level has a section `conditioning`."""
 
-    residual: int = 1024
-    conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
+    hidden: int = 512
+    residual: int = 2048
+    layers: int = 20
+    filter: int = 5  # side of the paper's kernels
+    # What a layer has of such a kernel; the paper does not say, and its figure of the layer is lost.
+    # 'quadrant': the upper left quarter, as PixelSNAIL: 3x3 of 5x5. That gives 28.3 M parameters a layer at 512/2048,
+    #   0.57 B in 20 layers. It sees the rows above up to one column to its right, and attention sees the rest.
+    # 'causal': all that comes before, in two stacks (`two_stack.py`), so that nothing is unseen within reach: 61.9 M
+    #   parameters and twice the work a layer.
+    # 'auto': the first with attention, the second without, so that no prior has a blind spot. The paper's 128 TPUv3
+    #   cores and steps fit a top prior of 0.6 B parameters better than one of 1.2 B; and its two layers of attention
+    #   gained 0.02 nats over none (Table 4), little for the half of the image above that quadrants alone do not see.
+    reading: str = "auto"
+    activation: str = "elu"  # or 'concat_elu', as PixelSNAIL
+    embedding: int = 64
+    attention_every: int = 0  # layers between two attentions; 0: none
+    attention_heads: int = 8
+    attention_features: int = 256  # key, query and value dimensions of all heads together
+    # What dropout makes zero in attention: 'probabilities', as is common, or 'logits', as the supplement words it.
+    attention_dropped: str = "probabilities"
+    output_layers: int = 0
+    dropout: float = 0.1  # after the first convolution of a layer, and in attention
+    class_conditional: bool = False
+    conditioning: ConditioningConfig | None = None
+    dtype: str = "float32"  # of the layers; or 'bfloat16'. Parameters, logits and likelihood stay float32
+    remat: bool = False  # compute activations of layers again in the backward pass: less memory, a third more work
+    # 'on': like layers are one loop of the compiled program; 'off': plain code, slower to compile and with more memory.
+    # The parameters and the values are the same. 'auto': see `runs.is_scanned`.
+    scan: str = "auto"
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "hidden", "residual", "layers", "embedding", "attention_heads")
+        at_least(self, 0, "attention_every", "output_layers")
+        if self.filter < 3 or not self.filter % 2:
+            raise ValueError(f"filter must be odd and at least 3, not {self.filter}")
+        one_of(self, activation=("elu", "concat_elu"), dtype=("float32", "bfloat16"))
+        one_of(self, reading=("auto", *READINGS), attention_dropped=DROPPED, scan=SCANS)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+        if self.attention_every > self.layers:
+            raise ValueError(
+                f"attention_every must be at most layers={self.layers}, or 0 for no attention, "
+                f"not {self.attention_every}"
+            )
+        if self.attention_every and (self.attention_features < 1 or self.attention_features % self.attention_heads):
+            raise ValueError(
+                f"attention_features must be a positive multiple of attention_heads={self.attention_heads}, "
+                f"not {self.attention_features}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
-class TopStageConfig:
+class PriorStageConfig:
     model: PriorConfig
-    optim: OptimConfig
-    train: TrainConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class LowerStageConfig:
-    """The prior of a level below the top."""
-
-    model: ConditionedPriorConfig
     optim: OptimConfig
     train: TrainConfig
 
@@ -188,9 +193,9 @@ class Config:
     mesh: MeshConfig
     autoencoder: AutoencoderStageConfig
     codes: CodesConfig
-    top: TopStageConfig
-    middle: LowerStageConfig | None = None  # of every level between top and bottom, each trained by itself
-    bottom: LowerStageConfig | None = None
+    top: PriorStageConfig
+    middle: PriorStageConfig | None = None  # of every level between top and bottom, each trained by itself
+    bottom: PriorStageConfig | None = None
 
     def __post_init__(self) -> None:
         sections = {name.split("_")[0] for name in self.levels}
@@ -202,12 +207,19 @@ class Config:
                     f"{self.autoencoder.model.strides} makes the levels {', '.join(self.levels)}, "
                     f"not {'a section' if given else 'None'}"
                 )
+        for name in sorted(sections):
+            given, wanted = getattr(self, name).model.conditioning is not None, name != "top"
+            if given != wanted:
+                raise ValueError(
+                    f"{name}.model.conditioning must be {'a section: there are codes above' if wanted else 'None'}"
+                    f"{'' if wanted else ': there are no codes above'}, not {'a section' if given else 'None'}"
+                )
 
     @property
     def levels(self) -> tuple[str, ...]:
         """The names of the levels, top first."""
         return level_names(len(self.autoencoder.model.strides))
 
-    def prior(self, level: str) -> TopStageConfig | LowerStageConfig:
+    def prior(self, level: str) -> PriorStageConfig:
         """The section of a level's prior; 'middle_1', 'middle_2', ... share the section `middle`."""
         return getattr(self, level.split("_")[0])

@@ -24,6 +24,7 @@ from vqvae2.config import Config
 from vqvae2.prior import nll
 
 NUM_PICTURES = 16
+IDS = np.arange(NUM_PICTURES, dtype=np.int32)
 
 
 def stage(config: Config, level: str) -> Stage:
@@ -81,10 +82,6 @@ def make(run: Run, name: str) -> Model:
     return Model(init, loss, measure, summarize, update_extra)
 
 
-def _keys(key: Key[Array, ""]) -> Key[Array, " b"]:
-    return rng.per_example(rng.for_purpose(key, "pictures"), jnp.arange(NUM_PICTURES))
-
-
 def _labels(run: Run, batch: dict[str, np.ndarray], name: str) -> Array | None:
     return jnp.asarray(batch["label"]) if run.config.prior(name).model.class_conditional else None
 
@@ -96,10 +93,11 @@ def _held_out(run: Run) -> dict[str, np.ndarray]:
 
 def _top_pictures(run: Run, mesh: Mesh, level: str) -> Pictures:
     """Sampled top codes, decoded without those of finer levels: layout and colour, no detail."""
-    draw, decode, batch = chain.draw(run, level), _decoder(run, mesh), _held_out(run)
+    draw, decode, batch = chain.draw(run, level, mesh), _decoder(run, mesh), _held_out(run)
 
     def pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
-        sampled, _ = draw(params, extra, _keys(key), (), _labels(run, batch, level), jnp.float32(1.0))
+        key = rng.for_purpose(key, "pictures")
+        sampled, _ = draw(params, extra, key, IDS, (), _labels(run, batch, level), 1.0)
         return {"samples_top_alone": images.grid(decode({level: sampled}), levels=facts.of_run(run).levels)}
 
     return pictures
@@ -107,14 +105,15 @@ def _top_pictures(run: Run, mesh: Mesh, level: str) -> Pictures:
 
 def _lower_pictures(run: Run, mesh: Mesh, level: str) -> Pictures:
     """Held-out images as their codes down to this level decode; below each the same with this level's codes sampled."""
-    draw, decode, batch = chain.draw(run, level), _decoder(run, mesh), _held_out(run)
+    draw, decode, batch = chain.draw(run, level, mesh), _decoder(run, mesh), _held_out(run)
     coarser = run.config.levels[: run.config.levels.index(level)]
     given = {name: batch[name] for name in coarser}
     reconstructed = decode(given | {level: batch[level]})
 
     def pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
         above = tuple(map(jnp.asarray, chain.upper(run, level, batch)))
-        sampled, _ = draw(params, extra, _keys(key), above, _labels(run, batch, level), jnp.float32(1.0))
+        key = rng.for_purpose(key, "pictures")
+        sampled, _ = draw(params, extra, key, IDS, above, _labels(run, batch, level), 1.0)
         pairs = images.pairs(reconstructed, decode(given | {level: sampled}), levels=facts.of_run(run).levels)
         return {f"samples_given_{coarser[-1]}": pairs}
 

@@ -7,9 +7,11 @@ import pytest
 
 from bitsperdim.batch_norm import update_running
 from vqvae2.conditioning import ConditioningStack
+from vqvae2.runs import Manner
 
 # The golden names of the runs of blocks.
 RUNS = {"before_0": "d1", "before_1": "d2", "lowest": "mid", "after_1": "u2", "after_0": "u1"}
+MANNERS = [Manner(scan, remat) for scan in (False, True) for remat in (False, True)]
 GOLDEN = ConditioningStack(4, (8, 12, 12), (4, 6, 6), norm="batch")
 
 
@@ -22,9 +24,13 @@ def nhwc(x):
     return np.asarray(x).transpose(0, 2, 3, 1)
 
 
-def blocks():
-    """(our name, golden name) of every residual block; four at the lowest resolution, two elsewhere."""
-    return [(f"{ours}_{i}", f"{RUNS[ours]}.{i}") for ours in RUNS for i in range(4 if ours == "lowest" else 2)]
+def stacked(of_block):
+    """What `of_block(golden name)` gives for each block, by our name of its run, those of a run in one array.
+
+    Four blocks at the lowest resolution, two elsewhere.
+    """
+    names = {ours: [f"{theirs}.{i}" for i in range(4 if ours == "lowest" else 2)] for ours, theirs in RUNS.items()}
+    return {ours: jax.tree.map(lambda *leaves: np.stack(leaves), *map(of_block, names[ours])) for ours in names}
 
 
 def golden_variables(data):
@@ -37,29 +43,35 @@ def golden_variables(data):
 
     params = {"input": conv("inp"), "down_0": conv("down1"), "down_1": conv("down2")}
     params |= {"up_0": transposed("up1"), "up_1": transposed("up2")}
-    for ours, theirs in blocks():
-        norm = {"scale": data[f"param/{theirs}.bn.weight"], "bias": data[f"param/{theirs}.bn.bias"]}
-        params[ours] = {"norm": norm, "reduce": conv(f"{theirs}.c1"), "conv": conv(f"{theirs}.c2")}
-        params[ours]["expand"] = conv(f"{theirs}.c3")
+
+    def block(name):
+        norm = {"scale": data[f"param/{name}.bn.weight"], "bias": data[f"param/{name}.bn.bias"]}
+        return {"norm": norm, "reduce": conv(f"{name}.c1"), "conv": conv(f"{name}.c2"), "expand": conv(f"{name}.c3")}
+
+    params |= stacked(block)
     return jax.tree.map(jnp.asarray, {"params": params, "batch_stats": running(data, "param")})
 
 
 def running(data, where):
-    names = {"mean": "running_mean", "var": "running_var"}
-    return {
-        ours: {"norm": {moment: data[f"{where}/{theirs}.bn.{name}"] for moment, name in names.items()}}
-        for ours, theirs in blocks()
+    moments = lambda name: {
+        "mean": data[f"{where}/{name}.bn.running_mean"],
+        "var": data[f"{where}/{name}.bn.running_var"],
     }
+    return stacked(lambda name: {"norm": moments(name)})
 
 
-def test_golden_output_under_running_moments(data):
-    output = GOLDEN.apply(golden_variables(data), nhwc(data["input"]))
+@pytest.mark.parametrize("manner", MANNERS, ids=str)
+def test_golden_output_under_running_moments(data, manner):
+    output = GOLDEN.clone(manner=manner).apply(golden_variables(data), nhwc(data["input"]))
     np.testing.assert_allclose(output, nhwc(data["output_eval"]), atol=1e-5)
 
 
-def test_golden_output_and_running_moments_of_a_training_pass(data):
+@pytest.mark.parametrize("manner", MANNERS, ids=str)
+def test_golden_output_and_running_moments_of_a_training_pass(data, manner):
     variables = golden_variables(data)
-    output, left = GOLDEN.apply(variables, nhwc(data["input"]), train=True, mutable=["batch_moments"])
+    output, left = GOLDEN.clone(manner=manner).apply(
+        variables, nhwc(data["input"]), train=True, mutable=["batch_moments"]
+    )
     np.testing.assert_allclose(output, nhwc(data["output_train"]), atol=1e-5)
     after = update_running(variables["batch_stats"], left["batch_moments"], num_batches=1)
     compare = lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

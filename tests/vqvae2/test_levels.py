@@ -25,6 +25,7 @@ def train(tmp_path_factory, strides):
         del values[name]
     for name in values.keys() & {"top", "middle", "bottom"}:
         values[name]["model"] |= {"dtype": "float32", "remat": False, "attention_every": 0, "dropout": 0.0}
+        values[name]["model"]["reading"] = "quadrant"
         if name != "top":
             values[name]["model"]["conditioning"]["norm"] = "none"
     for name in values.keys() & {"autoencoder", "top", "middle", "bottom"}:

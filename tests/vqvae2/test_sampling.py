@@ -19,14 +19,14 @@ def chain(codes):
     return table[jnp.arange(flat.shape[1]), previous].reshape(*codes.shape, NUM_CODES)
 
 
-def draw(keys, temperature=1.0):
-    return sampling.sample_codes(chain, sampling.gumbel_noise(keys, NUM_CODES), (len(keys), 1, 3), temperature)
+def draw(key, ids, temperature=1.0):
+    noise = sampling.gumbel_noise(key, ids, NUM_CODES)
+    return sampling.sample_codes(sampling.whole(chain), noise, (len(ids), 1, 3), temperature)
 
 
 def test_grids_come_as_often_as_they_are_likely():
     count = 20_000
-    keys = rng.per_example(jax.random.key(0), jnp.arange(count))
-    drawn = np.asarray(jax.jit(draw)(keys)).reshape(count, 3) @ np.array([9, 3, 1])
+    drawn = np.asarray(jax.jit(draw)(jax.random.key(0), jnp.arange(count))).reshape(count, 3) @ np.array([9, 3, 1])
     grids = jnp.array(list(np.ndindex(3, 3, 3)))[:, None, :]
     log_probs = jax.nn.log_softmax(chain(grids))
     likely = np.asarray(jnp.exp(jnp.take_along_axis(log_probs, grids[..., None], -1).sum((1, 2, 3))))
@@ -36,18 +36,27 @@ def test_grids_come_as_often_as_they_are_likely():
 
 
 def test_a_sample_does_not_depend_on_its_batch():
-    keys = rng.per_example(jax.random.key(1), jnp.arange(7))
-    np.testing.assert_array_equal(draw(keys)[4:6], draw(keys[4:6]))
+    key, ids = jax.random.key(1), jnp.arange(7)
+    np.testing.assert_array_equal(draw(key, ids)[4:6], draw(key, ids[4:6]))
 
 
 def test_noise_differs_between_positions():
-    noise = sampling.gumbel_noise(rng.per_example(jax.random.key(1), jnp.arange(2)), NUM_CODES)
+    noise = sampling.gumbel_noise(jax.random.key(1), jnp.arange(2), NUM_CODES)
     assert jnp.abs(noise(jnp.int32(0)) - noise(jnp.int32(1))).min() > 1e-3
 
 
+def test_noise_is_that_of_predictive_sampling_with_its_long_tail():
+    """46 random bits each, not 23: the latter end at 16, and codes less likely than 1e-7 would never be drawn."""
+    key, ids = jax.random.key(1), jnp.arange(3)
+    noise = sampling.gumbel_noise(key, ids, NUM_CODES)
+    own = jax.random.fold_in(jax.random.fold_in(rng.for_purpose(key, "gumbel"), 2), 5)
+    expected = jax.random.gumbel(own, (NUM_CODES,), mode="high")
+    np.testing.assert_array_equal(noise(jnp.int32(5))[2], expected)
+    assert (expected != jax.random.gumbel(own, (NUM_CODES,))).any()
+
+
 def test_temperature_zero_takes_the_likeliest_code_each_time():
-    keys = rng.per_example(jax.random.key(2), jnp.arange(2))
-    greedy = np.asarray(draw(keys, temperature=0.0))
+    greedy = np.asarray(draw(jax.random.key(2), jnp.arange(2), temperature=0.0))
     expected = np.zeros((2, 1, 3), int)
     for position in range(3):
         expected[:, 0, position] = np.asarray(chain(jnp.asarray(expected)))[:, 0, position].argmax(-1)
@@ -56,15 +65,15 @@ def test_temperature_zero_takes_the_likeliest_code_each_time():
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 2}, {"temperature": 0.0}])
 def test_forecasts_change_the_calls_and_not_the_codes(options):
-    keys, shape = rng.per_example(jax.random.key(3), jnp.arange(50)), (50, 2, 3)
+    key, ids, shape = jax.random.key(3), jnp.arange(50), (50, 2, 3)
     shift = jnp.arange(50) % NUM_CODES  # what each sample is given beside its codes
 
     def logits(codes, shift):
         return chain(codes) + 2.0 * jax.nn.one_hot(shift, NUM_CODES)[:, None, None]
 
-    noise = sampling.gumbel_noise(keys, NUM_CODES)
-    expected = sampling.sample_codes(lambda codes: logits(codes, shift), noise, shape, **options)
-    codes, calls = sampling.sample_codes_predictively(logits, keys, shift, (2, 3, NUM_CODES), **options)
+    noise, network = sampling.gumbel_noise(key, ids, NUM_CODES), sampling.whole(lambda codes: logits(codes, shift))
+    expected = sampling.sample_codes(network, noise, shape, **options)
+    codes, calls = sampling.sample_codes_predictively(logits, key, ids, shift, (2, 3, NUM_CODES), **options)
     np.testing.assert_array_equal(codes, expected)
     assert calls.min() >= 1 and calls.max() <= 6
     assert calls.mean() < 5
