@@ -24,7 +24,7 @@ class MeshConfig:
 
     data: int = -1
     fsdp: int = 1
-    rules: tuple[tuple[str, tuple[str, ...]], ...] = (("kernel$", ("fsdp",)),)
+    rules: tuple[tuple[str, tuple[str, ...]], ...] = (("(kernel|table)$", ("fsdp",)),)
 
     def __post_init__(self) -> None:
         for name in ("data", "fsdp"):

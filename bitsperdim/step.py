@@ -88,10 +88,11 @@ def compiled(
     """
     optimizer = optim.optimizer(optim_config, config.steps)
     learning_rate = optim.schedule(optim_config, config.steps)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
 
     def step(state: PyTree, batch: Batch) -> tuple[PyTree, Report]:
         key = rng.step_key(seed, state["step"])
-        objective, aux, gradients = _gradients(model, config.accumulation, state, batch, key)
+        objective, aux, gradients = _gradients(model, config.accumulation, state, batch, key, places["params"])
         norm = optax.tree.norm(gradients)
         taken, skips = _skip_rule(config, state["skips"], objective, norm)
         if config.clip_norm:
@@ -116,24 +117,31 @@ def compiled(
     def steps(state: PyTree, *batches: Batch) -> tuple[PyTree, Report]:
         return jax.lax.scan(step, state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
 
-    places = jax.tree.map(lambda leaf: leaf.sharding, like)
     return jax.jit(steps, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
 
 
-def _gradients(model: Model, accumulation: int, state: PyTree, batch: Batch, key: Array) -> tuple[Array, Aux, PyTree]:
-    """Objective and gradients are means, tallies and statistics sums, over the micro-batches; parts are joined."""
+def _gradients(
+    model: Model, accumulation: int, state: PyTree, batch: Batch, key: Array, places: PyTree
+) -> tuple[Array, Aux, PyTree]:
+    """Objective and gradients are means, tallies and statistics sums, over the micro-batches; parts are joined.
+
+    Gradients live where their parameters do. Left to itself the compiler keeps the sum of the micro-batches whole on
+    every device, which under FSDP may be more than all else.
+    """
     value_and_grad = jax.value_and_grad(model.loss, has_aux=True)
 
     def of(micro: Batch) -> tuple[Array, Aux, PyTree]:
         (objective, aux), gradients = value_and_grad(state["params"], state["extra"], micro, key, state["step"])
-        return objective / accumulation, aux, jax.tree.map(lambda leaf: leaf / accumulation, gradients)
+        gradients = jax.tree.map(lambda leaf: leaf / accumulation, gradients)
+        return objective / accumulation, aux, jax.lax.with_sharding_constraint(gradients, places)
 
     if accumulation == 1:
         return of(batch)
     # A micro-batch takes every n-th example, so that each device cuts it from its own rows.
     micros = jax.tree.map(lambda leaf: leaf.reshape(-1, accumulation, *leaf.shape[1:]).swapaxes(0, 1), batch)
     shapes = jax.eval_shape(of, jax.tree.map(lambda leaf: leaf[0], micros))
-    total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _without_parts(shapes))
+    objective, aux, gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _without_parts(shapes))
+    total = objective, aux, jax.lax.with_sharding_constraint(gradients, places)
     total, parts = jax.lax.scan(lambda total, micro: _add(total, of(micro)), total, micros)
     objective, aux, gradients = total
     return objective, aux._replace(parts=jax.tree.map(jnp.ravel, parts)), gradients

@@ -86,6 +86,21 @@ def test_fsdp_leaves_each_device_an_eighth_of_every_kernel_and_of_its_moments(tr
     assert kernels == 2 * 4  # encoder and decoder, in params, ema and Adam's two moments
 
 
+def test_gradients_are_placed_as_their_parameters_in_each_micro_batch_and_in_their_sum(toy_config, sub_mesh):
+    """What the compiler is told; without it, it may keep whole gradients on every device."""
+    changes = {"mesh.fsdp": 8, "train.accumulation": 2}
+    config = config_lib.unpack(toy_config(changes).to_dict(), toy_family.Config)
+    mesh, model = sub_mesh(1, 8), toy_family.make(config)
+    optimizer = optim.optimizer(config.optim, config.train.steps)
+    like = state.abstract(model, optimizer, jax.random.key(0), mesh, config.mesh)
+    step = step_lib.compiled(model, config.optim, config.train, 0, mesh, like)
+    source, over_batch = data.open_source(config.data, "train"), sharding.over_batch(mesh)
+    batch = data.train_batch(source, 0, 0, config.train.batch_size, over_batch)
+    told = [line for line in step.lower(like, batch).as_text().splitlines() if "sharding_constraint" in line]
+    for kernel in ("tensor<64x16xf32>", "tensor<16x64xf32>"):
+        assert sum(kernel in line and '[{}, {"fsdp"}]' in line for line in told) == 2
+
+
 def placed(shape, config, mesh, name="kernel"):
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
     return sharding.for_state({"layer": {name: leaf}}, config, mesh)["layer"][name].spec
@@ -96,6 +111,11 @@ def test_a_dimension_that_the_axis_does_not_divide_stays_whole(sub_mesh):
     assert placed((3, 3, 6, 8), config, sub_mesh(2, 4)) == P(None, None, None, "fsdp")
     assert placed((3, 3, 8, 6), config, sub_mesh(2, 4)) == P(None, None, None, None)
     assert placed((8,), config, sub_mesh(2, 4), "bias") == P(None)
+
+
+def test_tables_are_sharded_as_kernels_are(sub_mesh):
+    """Those of a thousand classes in twenty layers are a tenth of a prior."""
+    assert placed((20, 1000, 16), MeshConfig(fsdp=4), sub_mesh(2, 4), "table") == P(None, None, "fsdp")
 
 
 def test_the_first_rule_that_matches_decides_and_names_the_last_dimensions(sub_mesh):
