@@ -4,12 +4,13 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import bitsperdim
 from arm_forecast import codes as arm_codes
-from arm_forecast import comparison, samplers, sampling
+from arm_forecast import comparison, facts, gumbel, modules, modules_stage, pixelcnn, samplers, sampling
 from arm_forecast.pixelcnn import Grid
 from bitsperdim import cli, data, sharding, trainer
 from bitsperdim.errors import InputError
@@ -113,6 +114,16 @@ def test_no_call_waits_for_what_a_last_chunk_has_too_much(loaded, run, drawn, mo
     assert samples.network_calls == samples.calls[:8].max() + samples.calls[8:].max()
 
 
+def test_a_lane_that_has_finished_takes_the_next_image(loaded, run):
+    """The calls are those of handing each image to the lane that is free first."""
+    arm = sampling.restore(run, sharding.make_mesh(run.config.mesh))
+    samples = samplers.draw(arm, samplers.Sampler("fixed_point"), jax.random.key(10), 16, 2)
+    busy_until = [0, 0]
+    for calls in samples.calls:
+        busy_until[np.argmin(busy_until)] += calls
+    assert samples.network_calls == max(busy_until) < samples.calls.reshape(8, 2).max(1).sum()
+
+
 def test_one_given_image_serves_all_samples(loaded, drawn):
     given = np.where(np.arange(8)[:, None, None] < 3, drawn[0][:1].astype(int), -1)
     whole = loaded.sample(jax.random.key(10), 2, given=given)
@@ -210,14 +221,37 @@ def test_modules_are_trained_afterwards_on_pairs_of_the_sampler(tmp_path):
     key = jax.random.key(run.seed("pairs"))
     samples = samplers.draw(arm, samplers.Sampler("fixed_point"), key, 65, 65)
     np.testing.assert_array_equal(samples.x[64], pairs["evaluation"][0].ravel())
+    _check_divergence_of_pairs(run)
     losses = [line["forecast_kl_nats"] for line in read(run.folder("modules") / "metrics.jsonl")]
-    assert losses[-1] < 0.9 * losses[0] or losses[-1] < losses[0]
+    assert losses[-1] < 0.95 * losses[0]
     drawn = [samplers.draw(arm, samplers.Sampler(name), key, 4, 4) for name in ("modules", "fixed_point")]
     np.testing.assert_array_equal(drawn[0].x, drawn[1].x)
     # The ARM has not moved.
     trained = trainer.restore(run, "modules", sharding.make_mesh(run.config.mesh))[1]["extra"]["arm"]
     frozen = trainer.restore(run, "arm", sharding.make_mesh(run.config.mesh))[1]["ema"]["arm"]
     jax.tree.map(np.testing.assert_array_equal, trained, frozen)
+
+
+def _check_divergence_of_pairs(run):
+    """The stage's own figure on stored pairs, from the noise that belongs to them: with it each is argmax again."""
+    config, arm_config, grid = run.config.modules.model, run.config.arm.model, facts.grid(run)
+    pairs = run.stage("modules").source(run, "evaluation").read(np.arange(4))
+    mesh = sharding.make_mesh(run.config.mesh)
+    params, arm = (trainer.restore(run, name, mesh)[1]["ema"] for name in ("modules", "arm"))
+    x = jnp.asarray(pairs["x"], jnp.int32)
+
+    @jax.jit
+    def by_hand(arm, params, x, ids):
+        h = pixelcnn.hidden(arm, arm_config, grid, x)
+        noise = gumbel.noise(jax.random.key(run.seed("pairs")), grid.values)(ids, jnp.arange(64)).reshape(*x.shape, -1)
+        logits = pixelcnn.logits(arm, arm_config, grid, h)
+        forecast = modules.whole(params, grid, h, modules.module_inputs(config, x, noise, grid.values))
+        return (logits + noise).argmax(-1), modules.divergence(logits, forecast)
+
+    drawn, expected = by_hand(arm["arm"], params, x, pairs["id"])
+    np.testing.assert_array_equal(drawn, x)
+    measured = modules_stage.make(run).measure(params, {"arm": arm["arm"]}, pairs, jax.random.key(0))
+    np.testing.assert_allclose(measured.parts["forecast_kl_nats"], expected, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -268,5 +302,6 @@ def test_published_weights_become_a_run(golden, tmp_path, monkeypatch):
     drawn = [loaded.sample(jax.random.key(0), 2, sampler=name) for name in ("fixed_point", "fixed_point:4", "cached")]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     np.testing.assert_array_equal(drawn[0], drawn[2])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         cli.convert()  # the folder is taken
+    assert ended.value.code == 2
