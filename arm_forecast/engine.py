@@ -195,13 +195,13 @@ def sampler(
     return draw
 
 
-def trace(call_of: ArrayLike) -> Int[Array, "n d"]:
-    """How many dimensions are accepted after call 1, 2, ... (at most D), from [n d]; -1 after a sample's last call."""
-    call_of = jnp.asarray(call_of)
-    count = jnp.arange(1, call_of.shape[-1] + 1)
+def trace(call_of: ArrayLike) -> Int[np.ndarray, "n calls"]:
+    """How many dimensions are accepted after call 1, 2, ... of the sample that took most; -1 after a sample's last."""
+    call_of = np.asarray(call_of)
+    count = np.arange(1, call_of.max(initial=0) + 1)
     # Dimensions are accepted in order, so the calls of a sample are sorted.
-    accepted = jax.vmap(lambda calls: jnp.searchsorted(calls, count, side="right"))(call_of)
-    return jnp.where(count <= call_of.max(-1, keepdims=True), accepted, -1)
+    rows = [np.where(count <= calls[-1], np.searchsorted(calls, count, side="right"), -1) for calls in call_of]
+    return np.array(rows, np.int32).reshape(len(call_of), len(count))
 
 
 def mistakes(call_of: ArrayLike, given: ArrayLike | None = None) -> Bool[Array, "n d"]:

@@ -12,7 +12,7 @@ import bitsperdim
 from arm_forecast import codes as arm_codes
 from arm_forecast import comparison, facts, gumbel, modules, modules_stage, pixelcnn, samplers, sampling
 from arm_forecast.pixelcnn import Grid
-from bitsperdim import cli, data, sharding, trainer
+from bitsperdim import cli, data, sampler_table, sharding, trainer
 from bitsperdim.errors import InputError
 from bitsperdim.metrics import read
 
@@ -133,8 +133,10 @@ def test_one_given_image_serves_all_samples(loaded, drawn):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "fastest"}, r"there is no sampler 'fastest' here; there are auto, ancestral"),
+        ({"sampler": "fastest"}, r"there is no sampler 'fastest' here; there are auto, ancestral.* NAME:4$"),
         ({"sampler": "fixed_point:3"}, r"'fixed_point' takes 4 rows here"),
+        ({"sampler": "fixed_point:"}, r"sampler 'fixed_point:' cannot be: 'fixed_point' takes 4 rows here"),
+        ({"batch_size": -1}, r"batch_size must be at least 1, not -1"),
         ({"sampler": "cached:4"}, r"'cached' takes no windows here"),
         ({"given": np.zeros((7, 8, 1), int)}, r"given must be integers \[8, 8, 1\] or \[2, 8, 8, 1\]"),
         ({"given": np.full((8, 8, 1), 17)}, r"given must hold levels 0\.\.16, or -1; found 17\.\.17"),
@@ -145,6 +147,43 @@ def test_one_given_image_serves_all_samples(loaded, drawn):
 def test_what_cannot_be_drawn_is_refused(loaded, options, message):
     with pytest.raises(InputError, match=message):
         loaded.draw(jax.random.key(0), 2, **options)
+
+
+def test_no_image_at_all_is_refused(loaded):
+    with pytest.raises(InputError, match="n must be at least 1, not 0"):
+        loaded.draw(jax.random.key(0), 0)
+
+
+def test_a_sampler_that_the_config_names_wrongly_is_refused_before_it_trains_and_may_be_changed_later(run, loaded):
+    config = digits_config()
+    config.sampling = {"sampler": "fixedpoint"}
+    with pytest.raises(InputError, match=r"config value sampling\.sampler must be one of auto, cached, .*'fixedpoint'"):
+        trainer.train(config, str(run.workdir))
+    config.sampling = {"sampler": "fixed_point:16", "batch_size": 3}
+    again = trainer.train(config, str(run.workdir))  # complete as it is, but no other config
+    with pytest.raises(InputError, match=r"config value sampling\.sampler: sampler 'fixed_point:16' cannot be"):
+        bitsperdim.load(str(again.workdir)).draw(jax.random.key(0), 1)
+    trainer.train(digits_config(), str(run.workdir))
+
+
+def test_the_script_tells_the_calls_of_each_image_and_how_they_came_along(run, monkeypatch):
+    out = run.workdir / "traced"
+    flags = [f"--workdir={run.workdir}", f"--out={out}", "--num=3", "--seed=10", "--sampler=fixed_point"]
+    monkeypatch.setattr("sys.argv", ["sample.py", *flags])
+    cli.sample()
+    about, by_image = json.loads((out / "sampling.json").read_text()), np.load(out / "sampling.npz")
+    calls, accepted = by_image["calls"], by_image["accepted"]
+    assert calls.mean() == pytest.approx(about["calls_per_image"]) and accepted.shape == (3, calls.max())
+    for count, row in zip(calls, accepted, strict=True):
+        assert row[count - 1] == 64 and (np.diff(row[:count]) > 0).all() and (row[count:] == -1).all()
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**70)])
+def test_a_seed_that_is_too_large_is_refused(run, monkeypatch, capsys, seed):
+    monkeypatch.setattr("sys.argv", ["sample.py", f"--workdir={run.workdir}", f"--seed={seed}"])
+    with pytest.raises(SystemExit) as ended:
+        cli.sample()
+    assert ended.value.code == 2 and "seed" in capsys.readouterr().err
 
 
 def test_a_model_of_pixels_has_no_codes(loaded, drawn):
@@ -160,30 +199,51 @@ def test_pictures_are_drawn_while_it_trains(run):
 
 
 def test_the_script_measures_every_sampler_and_the_fastest_is_then_chosen(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(comparison, "BATCHES", (1, 2))
+    monkeypatch.setattr(comparison, "BATCHES", (1,))
     monkeypatch.setattr(comparison, "SEEDS", 2)
     monkeypatch.setattr("sys.argv", ["sample.py", f"--workdir={run.workdir}", "--compare_samplers"])
     cli.sample()
     found = json.loads((run.workdir / "samplers.json").read_text())
-    assert {row["sampler"] for row in found["rows"]} >= {*SAMPLERS, "fixed_point:4"}
-    measured = [row for row in found["rows"] if row["seeds"]]
-    assert len(measured) > len(SAMPLERS) and {row["seeds"] for row in measured} == {2}
-    # What is compared with is not compared with itself.
-    assert [row["sampler"] for row in measured if not row["exact"]] == ["fixed_point"] * 2
+    others = ("fixed_point:4", "fixed_point_fresh_noise")
+    assert found["complete"] and {row["sampler"] for row in found["rows"]} >= {*SAMPLERS, *others}
+    assert {row["seeds"] for row in found["rows"]} == {2} and found["steps"] == {"arm": 30}
+    # What is compared with is not compared with itself, nor with other noise.
+    expected = {"fixed_point": None, "fixed_point_fresh_noise": None}
+    assert {row["sampler"]: row["exact"] for row in found["rows"] if not row["exact"]} == expected
     assert {row["calls_percent"] for row in found["rows"] if row["sampler"] in ("ancestral", "cached")} == {100.0}
     for name in ("samplers", "mistakes_fixed_point", "mistakes_modules"):
         assert (run.workdir / f"{name}.png").stat().length > 1000
-    fastest = min((row for row in found["rows"] if row["batch"] == 1), key=lambda row: row["seconds_per_image"])
-    arm = sampling.restore(run, sharding.make_mesh(run.config.mesh))
-    assert str(samplers.choose(run, 1, arm.grid, has_modules=True)) == fastest["sampler"]
-    # Pairs for modules that are yet to be trained are drawn without any, whatever was fastest with them.
-    for row in found["rows"]:
-        row["seconds_per_image"] = 0.0 if row["sampler"].startswith("modules") else 1.0
-    (run.workdir / "samplers.json").write_text(json.dumps(found))
-    assert samplers.choose(run, 1, arm.grid, has_modules=True).name.startswith("modules")
-    assert samplers.choose(run, 1, arm.grid, has_modules=False).name == "fixed_point"
     assert "fixed_point:4" in capsys.readouterr().out
-    (run.workdir / "samplers.json").unlink()
+
+
+def test_the_fastest_sampler_of_the_nearest_batch_is_chosen_if_it_can_be_drawn_with(run):
+    grid, path = Grid(8, 8, 1, 17), run.workdir / "samplers.json"
+    row = lambda sampler, batch, seconds, exact=True: dict(
+        sampler=sampler, batch=batch, seconds_per_image=seconds, exact=exact
+    )
+    rows = [row("fixed_point", 1, 3.0, None), row("last", 1, 2.0), row("modules:4", 1, 1.0), row("cached", 8, 1.5)]
+    # Neither what is not exact, nor other noise, nor what this version has not.
+    rows += [row("zeros", 1, 0.1, False), row("fixed_point_fresh_noise", 1, 0.1, None), row("oracle", 1, 0.1)]
+    table = sampler_table.Table(sampler_table.conditions(run, 7), rows, True)
+    chosen = lambda batch, has_modules: str(samplers.choose(run, batch, grid, has_modules))
+    by_rule = str(samplers.default(1, grid))
+    try:
+        sampler_table.write(path, table)
+        # Pairs for modules that are yet to be trained are drawn without any, whatever was fastest with them.
+        assert (chosen(1, True), chosen(2, False), chosen(30, True)) == ("modules:4", "last", "cached")
+        for unfit in (
+            table._replace(complete=False),
+            table._replace(conditions=table.conditions | {"steps": {"arm": 29}}),
+            table._replace(conditions=table.conditions | {"device": "TPU v9"}),
+            table._replace(rows=[row("oracle", 1, 0.1)]),
+        ):
+            sampler_table.write(path, unfit)
+            assert chosen(1, True) == by_rule == "cached"
+        path.write_text(path.read_text()[:50])
+        with pytest.raises(InputError, match="remove it, or measure again"):
+            chosen(1, True)
+    finally:
+        path.unlink()
 
 
 @pytest.mark.parametrize(
