@@ -102,6 +102,7 @@ def make(run: Run) -> Model:
     config, arm_config, grid = run.config.modules.model, run.config.arm.model, facts.grid(run)
     if arm_config.output != "categorical":
         raise InputError("modules forecast categories; set arm.model.output='categorical', or leave out `modules`")
+    modules.check(config, grid, "modules.model")
     dims = grid.height * grid.width * grid.channels
 
     def init(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:

@@ -100,7 +100,7 @@ def _sampler(run: Run, name: str, batch: int, arm: Arm) -> samplers.Sampler:
 def describe(samples: Samples) -> dict[str, Any]:
     """Calls of the network and how safely the samples are those that any other sampler would draw.
 
-    `smallest_margin` is None where no value had a rival, as under top_k = 1.
+    `smallest_margin` is None where nothing was drawn.
     """
     num_dims, margin = samples.x.shape[1], float(np.min(samples.margin))
     return {

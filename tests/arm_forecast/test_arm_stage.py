@@ -125,3 +125,13 @@ def test_modules_of_a_mixture_of_logistics_are_refused():
     )
     with pytest.raises(InputError, match=r"arm\.forecast\.modules forecast categories"):
         arm_stage.make(config, GRID, "image")
+
+
+def test_filters_and_sizes_that_do_not_fit_are_refused_with_the_key_to_change():
+    with pytest.raises(InputError, match=r"arm\.forecast\.filters=5 is not divisible by the 3 channels"):
+        config = ArmStageConfig(
+            NetworkConfig(resnets=1, filters=6), OptimConfig("adam", 1e-3), TrainConfig(2, 1), ModulesConfig(filters=5)
+        )
+        arm_stage.make(config, Grid(4, 4, 3, 3), "image")
+    with pytest.raises(InputError, match=r"halves 30x30 pixels .* set data\.image_size to such a number"):
+        arm_stage.make(stage_config(modules=0), Grid(30, 30, 1, 3), "image")
