@@ -7,6 +7,7 @@ samples, up to ties within the difference of logits.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,19 @@ from arm_forecast import gumbel, incremental, networks
 from arm_forecast.engine import Samples, check_values
 from arm_forecast.pixelcnn import Grid, NetworkConfig
 from bitsperdim import sharding
+
+
+class _Drawn(NamedTuple):
+    """The images as far as they are drawn, the activations behind them, and what `Samples` tells of them."""
+
+    x: Int[Array, "n h w c"]
+    cells: incremental.Cells
+    margin: Float[Array, " n"]
+    log_prob: Float[Array, " n"]
+
+
+# (logits, eps) -> values and their margins
+Choose = Callable[[Float[Array, "n k"], Float[Array, "n k"]], tuple[Int[Array, " n"], Float[Array, " n"]]]
 
 
 def sampler(
@@ -36,43 +50,19 @@ def sampler(
     ) -> Samples:
         ids, noise = first_id + jnp.arange(num_samples), gumbel.noise(key, grid.values)
         known = given.reshape(num_samples, grid.height, grid.width, grid.channels)
+        choose = lambda logits, eps: gumbel.best(logits, eps, temperature, top_k, top_p)
 
-        def pixel(position: Int[Array, ""], carry: tuple) -> tuple:
-            x, cells, margin, log_prob = carry
-            row, column = position // grid.width, position % grid.width
-            begin_row = lambda cells: incremental.cells_row(params["arm"], config, grid, cells, x, row)
-            cells = jax.lax.cond(column == 0, begin_row, lambda cells: cells, cells)
+        def pixel(position: Int[Array, ""], drawn: _Drawn) -> _Drawn:
             eps = noise(ids, position * grid.channels + jnp.arange(grid.channels))
-            for channel in range(grid.channels):
-                # A mixture of logistics knows the earlier channels by its coefficients, h does not.
-                if channel == 0 or config.output == "categorical":
-                    h, cells = incremental.cells_hidden(params["arm"], config, grid, cells, x, row, column)
-                here = jax.lax.dynamic_slice(x, (0, row, column, 0), (num_samples, 1, 1, grid.channels))
-                logits = networks.conditional_logits(params["arm"], config, grid, h[:, None, None], here)
-                logits = logits[:, 0, 0, channel]
-                value, gap = _best(gumbel.scores(logits, eps[:, channel], temperature, top_k, top_p))
-                clamp = jax.lax.dynamic_slice(known, (0, row, column, channel), (num_samples, 1, 1, 1)).ravel()
-                free = clamp < 0
-                value = jnp.where(free, value, clamp)
-                x = jax.lax.dynamic_update_slice(x, value[:, None, None, None], (0, row, column, channel))
-                margin = jnp.where(free, jnp.minimum(margin, gap), margin)
-                gained = jnp.take_along_axis(jax.nn.log_softmax(logits), value[:, None], 1)[:, 0]
-                log_prob += jnp.where(free, gained, 0.0)
-            return x, cells, margin, log_prob
+            return _pixel(params, config, grid, known, eps, choose, position, drawn)
 
         x = jnp.zeros(known.shape, jnp.int32)
         if mesh is not None:
             x = jax.lax.with_sharding_constraint(x, sharding.over_batch(mesh))
-        cells = incremental.cells_start(params["arm"], config, grid, num_samples)
-        start = x, cells, jnp.full(num_samples, jnp.inf), jnp.zeros(num_samples)
-        x, _, margin, log_prob = jax.lax.fori_loop(0, grid.height * grid.width, pixel, start)
-        # One evaluation serves all channels of a mixture of logistics, one dimension of a categorical output.
-        together = 1 if config.output == "categorical" else grid.channels
-        needed = (given < 0).reshape(num_samples, -1, together).any(-1)
-        call_of = jnp.cumsum(needed, axis=1, dtype=jnp.int32)
-        evaluations = jnp.int32(num_dims // together)
-        x, calls = x.reshape(num_samples, -1), call_of[:, -1]
-        return Samples(x, call_of.repeat(together, 1), calls, margin, log_prob, evaluations)
+        cells = incremental.cells_start(config, grid, num_samples)
+        start = _Drawn(x, cells, jnp.full(num_samples, jnp.inf), jnp.zeros(num_samples))
+        drawn = jax.lax.fori_loop(0, grid.height * grid.width, pixel, start)
+        return _samples(drawn, given, 1 if config.output == "categorical" else grid.channels)
 
     def draw(
         params: PyTree,
@@ -90,8 +80,43 @@ def sampler(
     return draw
 
 
-def _best(scores: Float[Array, "n k"]) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
-    """The argmax, and how far the second best is behind it."""
-    best = scores.argmax(-1).astype(jnp.int32)
-    second = jnp.where(jnp.arange(scores.shape[-1]) == best[:, None], -jnp.inf, scores).max(-1)
-    return best, scores.max(-1) - second
+def _pixel(
+    params: PyTree,
+    config: NetworkConfig,
+    grid: Grid,
+    known: Int[Array, "n h w c"],
+    eps: Float[Array, "n c k"],
+    choose: Choose,
+    position: Int[Array, ""],
+    drawn: _Drawn,
+) -> _Drawn:
+    """Draws the channels of one pixel, all images at the same one."""
+    x, cells, margin, log_prob = drawn
+    row, column = position // grid.width, position % grid.width
+    begin_row = lambda cells: incremental.cells_row(params["arm"], config, grid, cells, x, row)
+    cells = jax.lax.cond(column == 0, begin_row, lambda cells: cells, cells)
+    for channel in range(grid.channels):
+        # A mixture of logistics knows the earlier channels by its coefficients, h does not.
+        if channel == 0 or config.output == "categorical":
+            h, cells = incremental.cells_hidden(params["arm"], config, grid, cells, x, row, column)
+        here = jax.lax.dynamic_slice(x, (0, row, column, 0), (len(x), 1, 1, grid.channels))
+        logits = networks.conditional_logits(params["arm"], config, grid, h[:, None, None], here)
+        logits = logits[:, 0, 0, channel]
+        value, lead = choose(logits, eps[:, channel])
+        clamp = jax.lax.dynamic_slice(known, (0, row, column, channel), (len(x), 1, 1, 1)).ravel()
+        free = clamp < 0
+        value = jnp.where(free, value, clamp)
+        x = jax.lax.dynamic_update_slice(x, value[:, None, None, None], (0, row, column, channel))
+        margin = jnp.where(free, jnp.minimum(margin, lead), margin)
+        gained = jnp.take_along_axis(jax.nn.log_softmax(logits), value[:, None], 1)[:, 0]
+        log_prob += jnp.where(free, gained, 0.0)
+    return _Drawn(x, cells, margin, log_prob)
+
+
+def _samples(drawn: _Drawn, given: Int[Array, "n d"], together: int) -> Samples:
+    """`together`: the dimensions that one evaluation serves, all channels of a mixture of logistics, else one."""
+    num_samples, num_dims = given.shape
+    needed = (given < 0).reshape(num_samples, -1, together).any(-1)
+    call_of = jnp.cumsum(needed, axis=1, dtype=jnp.int32)
+    x, evaluations = drawn.x.reshape(num_samples, -1), jnp.int32(num_dims // together)
+    return Samples(x, call_of.repeat(together, 1), call_of[:, -1], drawn.margin, drawn.log_prob, evaluations)

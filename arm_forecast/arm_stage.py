@@ -50,6 +50,8 @@ def make(config: ArmStageConfig, grid: Grid, field: str) -> Model:
     if has_modules and config.model.output != "categorical":
         raise InputError("arm.forecast.modules forecast categories; set arm.model.output='categorical' or modules=0")
     pixelcnn.check(config.model, grid)
+    if has_modules:
+        modules.check(config.forecast, grid, "arm.forecast")
     dims = grid.height * grid.width * grid.channels
 
     def init(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:

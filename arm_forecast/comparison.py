@@ -1,134 +1,172 @@
 """What every sampler takes on one trained run: network calls, seconds, and whether all draw the same samples.
 
 Compilation is kept apart, and every time is taken after the result is on the host. The same noise goes to all samplers.
-Not here: the samplers (`samplers.py`), and how the figures are drawn (`pictures.py`).
+Predictive ones are measured as `samplers.draw` runs them, lanes that have finished taking the next image.
+Not here: the samplers (`samplers.py`), the table that the rows stand in (`bitsperdim/sampler_table.py`), and how the
+figures are drawn (`pictures.py`, `bitsperdim/plots.py`).
 """
 
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple, TextIO
+from collections.abc import Callable, Sequence
+from typing import TextIO
 
 import jax
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from arm_forecast import pictures, samplers
-from arm_forecast.samplers import Arm, Sampler
-from bitsperdim.run import Run
+from arm_forecast.pixelcnn import Grid
+from arm_forecast.samplers import Arm, Sampler, Samples
+from bitsperdim import plots, sampler_table
+from bitsperdim.sampler_table import Row
 
 BATCHES = (1, 8, 32, 64)
 SEEDS = 5
-BUDGET = 120.0  # seconds of a row, beyond which no further batch is drawn; nor the first, if it would take longer
+# Seconds after which a row begins no further seed. A row of which one batch alone would take longer is estimated,
+# except where nothing is known to estimate it from: at the first batch.
+BUDGET = 120.0
 PROBE = 24  # dimensions drawn to time a call
 # Forecasts that are there to be compared with: drawn one image at a time, and estimated for larger batches.
-BASELINES = ("fixed_point_without_noise", "last", "zeros", "ancestral")
+BASELINES = ("fixed_point_without_noise", samplers.OTHER_NOISE, "last", "zeros", "ancestral")
+REFERENCE = Sampler("fixed_point")  # on whole images: the others are compared with its samples
 
-Row = dict[str, Any]
-
-
-class _Timed(NamedTuple):
-    samples: Any
-    seconds: float
+Draw = Callable[[Key[Array, ""], Int[np.ndarray, " d"] | None], Samples]  # (key, given), the samples on the host
 
 
 def compare(
-    run: Run, restored: Callable[[], Arm], decode: Callable | None, key: Key[Array, ""], stream: TextIO
+    restored: Callable[[], Arm],
+    levels: int,
+    decode: Callable | None,
+    key: Key[Array, ""],
+    stream: TextIO,
+    done: Sequence[Row] = (),
+    keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> tuple[list[Row], dict[str, np.ndarray]]:
     """A row for each sampler and batch; plots of them, and maps of the forecasts' mistakes.
 
-    Columns: calls of the network in % of the dimensions (mean over images and its deviation over seeds), calls of the
-    whole batch, seconds an image, the smallest margin. `exact`: whether the first batch equals that of fixed-point
-    iteration on whole images, noise for noise. `seeds` = 0 marks an estimate, calls as at the smaller batch times the
-    time of one call: of baselines, and where one batch would take longer than two minutes.
+    Columns: network calls in % of the dimensions (mean over images, and its deviation over seeds), images of a seed,
+    evaluations of the network for them, seconds an image, the smallest margin. `refilled`: lanes took a next image;
+    else one batch was drawn, whose slowest image all wait for. `exact`: whether the first batch of every seed equals
+    that of fixed-point iteration on whole images, noise for noise, over `images_compared` images; None where either
+    was not drawn. `seeds` = 0 marks an estimate: the calls of the smaller batch, at the time of one call.
+
+    `done`: rows of an earlier start, which are not measured again; `keep` is called with all rows after each.
     """
-    arm = restored()
-    rows: list[Row] = []
+    arm, rows = restored(), list(done)
     for batch in BATCHES:
-        reference: np.ndarray | None = None
-        whole_call = 0.0
         for sampler in _samplers(arm):
-            before = next((row for row in reversed(rows) if row["sampler"] == str(sampler)), None)
-            if before is not None and sampler.name in BASELINES:
-                row = _estimated(sampler, batch, whole_call, before["calls_percent"], before["network_calls"])
-            else:
-                row, drawn, call = _row(arm, sampler, batch, key, reference, before)
-                reference = drawn if reference is None else reference
-                whole_call = whole_call or call
-            rows.append(row)
-            line = f"{row['sampler']} batch {batch}: {row['calls_percent']:.2f} % of calls"
-            print(f"{line}, {row['seconds_per_image']:.3f} s an image", file=stream, flush=True)
-    shown = pictures.mistakes(_mistakes(arm, key), arm.grid, arm.grid.values, decode)
-    return rows, {"samplers": pictures.comparison(rows), **shown}
+            if _find(rows, sampler, batch) is not None:
+                continue
+            rows.append(_row(arm, sampler, batch, key, rows))
+            keep(rows)
+            line = f"{sampler} batch {batch}: {rows[-1]['calls_percent']:.2f} % of calls"
+            print(f"{line}, {rows[-1]['seconds_per_image']:.3f} s an image", file=stream, flush=True)
+    shown = pictures.mistakes(_with_mistakes(arm, key), arm.grid, levels, decode)
+    return rows, {"samplers": plots.samplers(rows), **shown}
 
 
 def _samplers(arm: Arm) -> list[Sampler]:
-    """Fixed-point iteration on whole images first: the others are compared with its samples."""
     learned = ["modules"] if arm.modules is not None else []
     windowed = [Sampler(name, rows) for name in ["fixed_point", *learned] for rows in samplers.windows(arm.grid)]
-    return [Sampler(name) for name in ["fixed_point", *learned, *BASELINES, "cached"]] + windowed
+    return [REFERENCE, *(Sampler(name) for name in [*learned, *BASELINES, "cached"]), *windowed]
 
 
-def _row(
-    arm: Arm, sampler: Sampler, batch: int, key: Key[Array, ""], reference: np.ndarray | None, before: Row | None
-) -> tuple[Row, np.ndarray | None, float]:
-    """One line of the table, the samples of seed 0 if they were drawn, and the seconds of a call."""
-    num_dims = arm.grid.height * arm.grid.width * arm.grid.channels
-    draw = samplers.compiled(arm.config, arm.modules, arm.grid, sampler, batch, batch)
-    compilation = _timed(draw, arm, key, _all_but(num_dims, 1)).seconds
-    probe = _timed(draw, arm, key, _all_but(num_dims, PROBE))
-    per_call = probe.seconds / max(int(probe.samples.network_calls), 1)
+def _find(rows: Sequence[Row], sampler: Sampler, batch: int) -> Row | None:
+    return next((row for row in rows if (row["sampler"], row["batch"]) == (str(sampler), batch)), None)
+
+
+def _row(arm: Arm, sampler: Sampler, batch: int, key: Key[Array, ""], rows: Sequence[Row]) -> Row:
+    """One line of the table, given those before it."""
+    before = next((row for row in reversed(rows) if row["sampler"] == str(sampler)), None)
+    reference = _find(rows, REFERENCE, batch)
+    if before is not None and reference is not None and sampler.name in BASELINES:
+        return _estimated(before, batch, _seconds_of_a_call(reference))
+    num_dims = _dims(arm.grid)
+    together = _batches(sampler, batch, before)
+    draw = drawing(arm, sampler, together * batch, batch)
+    _, (compilation,) = sampler_table.repeated(lambda _: draw(key, _all_but(num_dims, 1)), 1, 0.0)
+    (probe,), (seconds,) = sampler_table.repeated(lambda _: draw(key, _all_but(num_dims, PROBE)), 1, 0.0)
+    per_call = seconds / max(int(probe.network_calls), 1)
     # How many calls it takes is not known before the first batch, so that is drawn whatever it takes.
-    if before is not None and per_call * before["network_calls"] > BUDGET:
-        row = _estimated(sampler, batch, per_call, before["calls_percent"], before["network_calls"])
-        return row, None, per_call
-    runs = [_timed(draw, arm, jax.random.fold_in(key, 0), None)]
-    while len(runs) < SEEDS and sum(run.seconds for run in runs) < BUDGET:
-        runs.append(_timed(draw, arm, jax.random.fold_in(key, len(runs)), None))
-    percents = [100.0 * float(np.mean(run.samples.calls)) / num_dims for run in runs]
-    seconds = [run.seconds / batch for run in runs]
-    first = runs[0].samples.x
-    row = {
+    if before is not None and per_call * before["calls_of_an_image"] > BUDGET:
+        return _estimated(before, batch, per_call)
+    keys = [jax.random.fold_in(key, seed) for seed in range(SEEDS)]
+    runs, seconds = sampler_table.repeated(lambda seed: draw(keys[seed], None), SEEDS, BUDGET)
+    return measured(sampler, batch, runs, seconds, reference) | {"first_call_seconds": compilation}
+
+
+def drawing(arm: Arm, sampler: Sampler, num_samples: int, batch: int) -> Draw:
+    """The sampler, compiled for `num_samples` images in `batch` lanes."""
+    some = samplers.compiled(arm.config, arm.modules, arm.grid, sampler, num_samples, batch)
+    return lambda key, given: jax.device_get(jax.block_until_ready(some(arm.params, key, given=given)))
+
+
+def measured(
+    sampler: Sampler, batch: int, runs: Sequence[Samples], seconds: Sequence[float], reference: Row | None
+) -> Row:
+    """The row of what was drawn, a run and its seconds for each seed."""
+    images, num_dims = runs[0].x.shape
+    calls = [float(np.mean(run.calls)) for run in runs]
+    per_image = [of_run / images for of_run in seconds]
+    digests = [sampler_table.digest(run.x[:batch]) for run in runs]
+    same_noise = reference is not None and sampler.name != samplers.OTHER_NOISE
+    return {
         "sampler": str(sampler),
         "batch": batch,
-        "calls_percent": float(np.mean(percents)),
-        "calls_deviation": _deviation(percents),
-        "network_calls": round(float(np.mean([run.samples.network_calls for run in runs]))),
-        "seconds_per_image": float(np.mean(seconds)),
-        "seconds_deviation": _deviation(seconds),
+        "calls_percent": 100.0 * float(np.mean(calls)) / num_dims,
+        "calls_deviation": sampler_table.deviation([100.0 * count / num_dims for count in calls]),
+        "calls_of_an_image": float(np.mean(calls)),
+        "images": images,
+        "refilled": images > batch,
+        "network_calls": round(float(np.mean([run.network_calls for run in runs]))),
+        "seconds_per_image": float(np.mean(per_image)),
+        "seconds_deviation": sampler_table.deviation(per_image),
         "seeds": len(runs),
-        "exact": None if reference is None else bool((first == reference).all()),
-        "margin": min(float(np.min(run.samples.margin)) for run in runs),
-        "first_call_seconds": compilation,
+        **sampler_table.agreement(digests, reference["digests"] if same_noise else (), batch),
+        "margin": min(float(np.min(run.margin)) for run in runs),
+        "digests": digests,
     }
-    return row, first, per_call
 
 
-def _estimated(sampler: Sampler, batch: int, per_call: float, percent: float, network_calls: int) -> Row:
-    seconds = {"seconds_per_image": per_call * network_calls / batch, "seconds_deviation": None, "seeds": 0}
-    calls = {"calls_percent": percent, "calls_deviation": None, "network_calls": network_calls}
-    row = {"sampler": str(sampler), "batch": batch, **calls, **seconds}
-    return row | {"exact": None, "margin": None, "first_call_seconds": None}
+def _estimated(before: Row, batch: int, per_call: float) -> Row:
+    """What a batch would take if lanes were never idle: the calls of an image as `before`, a call for all lanes."""
+    seconds = {"seconds_per_image": per_call * before["calls_of_an_image"] / batch, "seconds_deviation": None}
+    evaluations = {"images": batch, "refilled": False, "network_calls": round(before["calls_of_an_image"])}
+    compared = {"exact": None, "images_compared": 0, "digests": []}
+    nothing_drawn = {"calls_deviation": None, "seeds": 0, "margin": None, "first_call_seconds": None}
+    return before | {"batch": batch} | evaluations | seconds | compared | nothing_drawn
 
 
-def _timed(draw: Callable, arm: Arm, key: Key[Array, ""], given: np.ndarray | None) -> _Timed:
-    start = time.perf_counter()
-    samples = jax.device_get(jax.block_until_ready(draw(arm.params, key, given=given)))
-    return _Timed(samples, time.perf_counter() - start)
+def _seconds_of_a_call(row: Row) -> float:
+    return row["seconds_per_image"] * row["images"] / row["network_calls"]
 
 
-def _all_but(num_dims: int, free: int) -> np.ndarray:
+def _batches(sampler: Sampler, batch: int, before: Row | None) -> int:
+    """How many batches a loop draws: as many as `samplers.draw` would, or fewer where that would take too long.
+
+    A single lane has nobody to wait for, so at batch 1 one image is as good.
+    """
+    if batch == 1 or before is None:
+        return 1
+    # A call for all lanes takes at most as much longer as there are more of them.
+    one_batch = _seconds_of_a_call(before) * batch / before["batch"] * before["calls_of_an_image"]
+    affordable = max(1, int(BUDGET / 2 / one_batch))
+    return min(samplers.batches_at_once(sampler), affordable)
+
+
+def _all_but(num_dims: int, free: int) -> Int[np.ndarray, " d"]:
     """All dimensions known to be 0 but the last few."""
     return np.where(np.arange(num_dims) < num_dims - free, 0, -1).astype(np.int32)
 
 
-def _deviation(values: list[float]) -> float | None:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+def _dims(grid: Grid) -> int:
+    return grid.height * grid.width * grid.channels
 
 
-def _mistakes(arm: Arm, key: Key[Array, ""]) -> dict[str, Any]:
+def _with_mistakes(arm: Arm, key: Key[Array, ""]) -> dict[str, Samples]:
     """16 samples by fixed-point iteration and, where there are modules, by them, with the same noise.
 
     On whole images: the last dimension of a window would count as a mistake.
     """
     names = ["fixed_point", *(["modules"] if arm.modules is not None else [])]
-    return {name: samplers.draw(arm, Sampler(name), key, 16, 16) for name in names}
+    count = pictures.NUM_SAMPLES
+    return {name: samplers.draw(arm, Sampler(name), key, count, count) for name in names}

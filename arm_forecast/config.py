@@ -5,6 +5,7 @@ Defaults are those of the paper's supplement (Table 1) where it gives a value. N
 """
 
 import dataclasses
+import re
 
 from arm_forecast.pixelcnn import NetworkConfig
 from bitsperdim.config import at_least, one_of
@@ -14,6 +15,18 @@ from bitsperdim.sharding import MeshConfig
 from bitsperdim.step import TrainConfig
 
 INPUTS = ("x", "noise")
+# The second uses the modules also where the fixed point has the better record.
+LEARNED = ("modules", "modules_without_fallback")
+# Ways to draw whose guesses are verified by the network, in all rows or in a window of them (`samplers.py`).
+FORECASTS = (
+    "ancestral",
+    "zeros",
+    "last",
+    "fixed_point",
+    "fixed_point_without_noise",
+    "fixed_point_fresh_noise",
+    *LEARNED,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +106,15 @@ class LatentConfig:
 class SamplingConfig:
     """How `sample.py` draws where its flags do not say."""
 
-    sampler: str = "auto"  # the fastest for the batch, from the run's samplers.json or the built-in table
+    sampler: str = "auto"  # the fastest for the batch, from the run's samplers.json or the built-in rule
     batch_size: int = 32  # images drawn at once on all devices together
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size")
+        # Which windows fit is known with the images.
+        if not re.fullmatch(rf"auto|cached|({'|'.join(FORECASTS)})(:\d+)?", self.sampler):
+            names = f"auto, cached, {', '.join(FORECASTS)} (all but the first two also as NAME:ROWS)"
+            raise ValueError(f"sampler must be one of {names}, not '{self.sampler}'")
 
 
 @dataclasses.dataclass(frozen=True)

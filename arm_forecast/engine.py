@@ -73,9 +73,9 @@ class Samples(NamedTuple):
 
     `call_of`: the call, counted from 1 in each sample, in which a dimension was accepted; 0 for given dimensions that
     come before the first free one. `calls`: network calls of a sample; in a windowed network with a given prefix also
-    those that only carry the cache over it. `margin`: the smallest difference between the best score and the second
-    best in any free dimension: a program whose logits differ by less than half of it draws the same sample (it says
-    nothing of the edges of top-k and nucleus). `log_prob`: log probability of the free dimensions, each given all
+    those that only carry the cache over it. `margin`: the smallest of all free dimensions, of how far the best score is
+    ahead and the edges of top-k and nucleus from changing the choice (`gumbel.best`): a program whose logits differ by
+    less than half of it draws the same sample. `log_prob`: log probability of the free dimensions, each given all
     before it, under the unmodified logits (temperature 1, all values), in nats. `network_calls`: evaluations of the
     whole batch of lanes.
     """
@@ -153,11 +153,11 @@ def sampler(
 ) -> Callable[..., Samples]:
     """draw(params, key, ...) -> `num_samples` samples, `batch` of them at a time; compiled once.
 
-    `refill=False` lets finished lanes wait for the slowest of their batch (for
-    comparison). `fresh_noise=True` redraws the noise in every call: the same law, other samples, more calls (the
-    paper's ablation). `top_k`, `top_p` restrict the values as in `gumbel.restrict`. `noise(key)` replaces the source
-    of noise. With a `mesh` lanes are spread over its devices, and `batch` is rounded up to a multiple of them; params
-    and context must be placed on it, or not committed to any device.
+    `refill=False` lets finished lanes wait for the slowest of their batch (for comparison). `fresh_noise=True` redraws
+    the noise in every call: the same law, other samples, more calls (the paper's ablation). `top_k`, `top_p` restrict
+    the values as in `gumbel.restrict`. `noise(key)` replaces the source of noise. With a `mesh` lanes are spread over
+    its devices, and `batch` is rounded up to a multiple of them; params and context must be placed on it, or not
+    committed to any device.
 
     `draw` takes params (of the network and of the forecaster) as arrays of the compiled function, not as constants in
     it. `context` has the sample as its leading axis; each lane is called with its sample's rows. `given`: known values,
@@ -195,13 +195,13 @@ def sampler(
     return draw
 
 
-def trace(call_of: ArrayLike) -> Int[Array, "n d"]:
-    """How many dimensions are accepted after call 1, 2, ... (at most D), from [n d]; -1 after a sample's last call."""
-    call_of = jnp.asarray(call_of)
-    count = jnp.arange(1, call_of.shape[-1] + 1)
+def trace(call_of: ArrayLike) -> Int[np.ndarray, "n calls"]:
+    """How many dimensions are accepted after call 1, 2, ... of the sample that took most; -1 after a sample's last."""
+    call_of = np.asarray(call_of)
+    count = np.arange(1, call_of.max(initial=0) + 1)
     # Dimensions are accepted in order, so the calls of a sample are sorted.
-    accepted = jax.vmap(lambda calls: jnp.searchsorted(calls, count, side="right"))(call_of)
-    return jnp.where(count <= call_of.max(-1, keepdims=True), accepted, -1)
+    rows = [np.where(count <= calls[-1], np.searchsorted(calls, count, side="right"), -1) for calls in call_of]
+    return np.array(rows, np.int32).reshape(len(call_of), len(count))
 
 
 def mistakes(call_of: ArrayLike, given: ArrayLike | None = None) -> Bool[Array, "n d"]:
@@ -267,9 +267,9 @@ def _call(plan: _Plan, job: _Job, lanes: _Lanes) -> _Lanes:
     logits, hidden, pending = network.call(job.params, lanes.cache, lanes.x, lanes.start, lanes.context)
     logits = logits.astype(jnp.float32)
     dims = lanes.start[:, None] + jnp.arange(network.window)
-    noise, score = _noise_and_score(plan, job, lanes)
-    scores = score(logits, noise(dims))
-    best = scores.argmax(-1).astype(jnp.int32)
+    noise = _noise(plan, job, lanes)
+    choose = lambda logits, dims: gumbel.best(logits, noise(dims), job.temperature, plan.top_k, plan.top_p)
+    best, margin = choose(logits, dims)
 
     every = jnp.arange(network.num_dims)
     free = (lanes.given < 0) & (every >= lanes.frontier[:, None])
@@ -277,11 +277,9 @@ def _call(plan: _Plan, job: _Job, lanes: _Lanes) -> _Lanes:
     right, frontier = _accept(plan, lanes, free & ((outputs != lanes.x) | (not plan.forecaster.trusted)))
     passed = (every >= lanes.frontier[:, None]) & (every < frontier[:, None])
     fresh = jnp.take_along_axis(passed & free, dims, 1)
-    second = jnp.where(jnp.arange(network.num_values) == best[..., None], -jnp.inf, scores).max(-1)
-    gap = jnp.where(fresh, scores.max(-1) - second, jnp.inf).min(1)
     log_prob = jnp.take_along_axis(logits, best[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
 
-    draw = lambda logits, dims: score(logits.astype(jnp.float32), noise(dims)).argmax(-1).astype(jnp.int32)
+    draw = lambda logits, dims: choose(logits.astype(jnp.float32), dims)[0]
     ids = job.first_id + lanes.row
     call = Call(ids, lanes.x, outputs, passed & free, frontier, lanes.start, logits, hidden, noise, draw)
     forecast, forecasts = plan.forecaster.forecast(job.params, call, lanes.forecasts)
@@ -293,24 +291,17 @@ def _call(plan: _Plan, job: _Job, lanes: _Lanes) -> _Lanes:
         start=start,
         calls=calls,
         call_of=jnp.where(passed, calls[:, None], lanes.call_of),
-        margin=jnp.minimum(lanes.margin, gap),
+        margin=jnp.minimum(lanes.margin, jnp.where(fresh, margin, jnp.inf).min(1)),
         log_prob=lanes.log_prob + jnp.where(fresh, log_prob, 0.0).sum(1),
         cache=network.advance(pending, (start - lanes.start) // network.stride),
         forecasts=forecasts,
     )
 
 
-def _noise_and_score(plan: _Plan, job: _Job, lanes: _Lanes):
-    """eps of each lane's sample at any dimensions, and the scores of logits with it."""
+def _noise(plan: _Plan, job: _Job, lanes: _Lanes) -> Callable[[Int[Array, "b t"]], Float[Array, "b t k"]]:
+    """eps of each lane's sample at any dimensions."""
     source, ids = plan.noise(job.key), job.first_id + lanes.row
-
-    def noise(dims: Int[Array, "b t"]) -> Float[Array, "b t k"]:
-        return source(ids, dims, lanes.calls) if plan.fresh_noise else source(ids, dims)
-
-    def score(logits: Float[Array, "b t k"], eps: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
-        return gumbel.scores(logits, eps, job.temperature, plan.top_k, plan.top_p)
-
-    return noise, score
+    return lambda dims: source(ids, dims, lanes.calls) if plan.fresh_noise else source(ids, dims)
 
 
 def _accept(plan: _Plan, lanes: _Lanes, wrong: Bool[Array, "b d"]) -> tuple[Int[Array, " b"], Int[Array, " b"]]:

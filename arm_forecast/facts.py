@@ -38,5 +38,8 @@ def grid(run: Run) -> Grid:
         return Grid(*about.shape, about.levels)
     height, width, _ = about.shape
     if height % DOWNSAMPLING or width % DOWNSAMPLING:
-        raise InputError(f"images of {height}x{width} are not divisible by the autoencoder's factor {DOWNSAMPLING}")
+        raise InputError(
+            f"images of {height}x{width} are not divisible by the autoencoder's factor {DOWNSAMPLING}; set "
+            "data.image_size to a multiple of 16, which the model of its codes needs"
+        )
     return Grid(height // DOWNSAMPLING, width // DOWNSAMPLING, latent.model.latent_channels, latent.model.categories)

@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from bitsperdim import rng
 from bitsperdim.errors import InputError
 
+COLDEST = 1e-6  # the temperature at which a nucleus is taken where it is lower
+
 
 class Noise(Protocol):
     """eps of dimensions `dims` (the same for all lanes, or each lane's own) of the samples `ids`.
@@ -55,11 +57,6 @@ def noise(key: Key[Array, ""], num_values: int) -> Noise:
     return at
 
 
-def gumbel_argmax(logits: Float[Array, "... k"], eps: Float[Array, "... k"]) -> Int[Array, "..."]:
-    """argmax_k(mu_k + eps_k), a draw from softmax(mu); among equals the first."""
-    return (logits + eps).argmax(-1).astype(jnp.int32)
-
-
 # --- Scores: temperature, top-k and nucleus sampling -----------------------------------------------------------------
 
 
@@ -86,14 +83,27 @@ def restrict(
     if not 0 < top_k < num_values and top_p >= 1:
         return logits
     ordered = jnp.sort(logits, axis=-1, descending=True)
-    kept = jnp.broadcast_to(jnp.arange(num_values) < (top_k or num_values), ordered.shape)
-    if top_p < 1:
-        # Relative to the maximum, so that the quotient cannot overflow; a nucleus at T = 0 is the maximum alone.
-        relative = (ordered - ordered[..., :1]) / jnp.maximum(temperature, 1e-6)
-        mass = jnp.cumsum(jax.nn.softmax(jnp.where(kept, relative, -jnp.inf)), -1)
-        before = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(1, 0)])[..., :-1]
-        kept &= before < top_p
-    return jnp.where(_largest(logits, ordered, kept.sum(-1, keepdims=True)), logits, -jnp.inf)
+    before = _mass_before(ordered, temperature, top_k, top_p)
+    count = (before < top_p).sum(-1, keepdims=True)
+    return jnp.where(_largest(logits, ordered, count), logits, -jnp.inf)
+
+
+def _mass_before(
+    ordered: Float[Array, "... k"], temperature: Float[Array, ""] | float, top_k: int, top_p: float
+) -> Float[Array, "... k"]:
+    """The mass of the values that are likelier than each, among the `top_k`: a value is kept where it is below `top_p`.
+
+    Infinite beyond the top k. Without a nucleus there is no mass to compare: -1.
+    """
+    num_values = ordered.shape[-1]
+    among = jnp.broadcast_to(jnp.arange(num_values) < (top_k or num_values), ordered.shape)
+    if top_p >= 1:
+        return jnp.where(among, -1.0, jnp.inf)
+    # Relative to the maximum, so that the quotient cannot overflow; a nucleus at T = 0 is the maximum alone.
+    relative = (ordered - ordered[..., :1]) / jnp.maximum(temperature, COLDEST)
+    mass = jnp.cumsum(jax.nn.softmax(jnp.where(among, relative, -jnp.inf)), -1)
+    before = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(1, 0)])[..., :-1]
+    return jnp.where(among, before, jnp.inf)
 
 
 def _largest(
@@ -119,15 +129,61 @@ def scores(
     return restrict(logits, temperature, top_k, top_p) + temperature * eps
 
 
-# --- Posterior noise: eps given x -------------------------------------------------------------------------------------
+def best(
+    logits: Float[Array, "... k"],
+    eps: Float[Array, "... k"],
+    temperature: Float[Array, ""] | float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
+    """The value of the best score, and its margin: logits that differ by less than half of it choose the same value.
+
+    It is how far the second best is behind; where top-k or a nucleus restrict the values, also how near the edge comes
+    to changing the choice (`_margin_of_cut`). Infinite where there is but one value.
+    """
+    kept = restrict(logits, temperature, top_k, top_p)
+    found = kept + temperature * eps
+    value = found.argmax(-1).astype(jnp.int32)
+    others = jnp.where(jnp.arange(logits.shape[-1]) == value[..., None], -jnp.inf, found)
+    margin = found.max(-1) - others.max(-1)
+    if kept is logits:
+        return value, margin
+    outside = jnp.where(jnp.isfinite(kept), -jnp.inf, logits + temperature * eps).max(-1)
+    ahead, chosen = found.max(-1) - outside, _at(logits, value)
+    return value, jnp.minimum(margin, _margin_of_cut(logits, chosen, ahead, temperature, top_k, top_p))
 
 
-def truncated_gumbel(
-    location: Float[Array, "..."], standard: Float[Array, "..."], bound: Float[Array, "..."]
+def _margin_of_cut(
+    logits: Float[Array, "... k"],
+    chosen: Float[Array, "... 1"],
+    ahead: Float[Array, "..."],
+    temperature: Float[Array, ""] | float,
+    top_k: int,
+    top_p: float,
 ) -> Float[Array, "..."]:
-    """-log(exp(-b) + exp(-(mu + g))): from g ~ Gumbel(0) a draw from Gumbel(mu) given that it is below b."""
-    a = location + standard
-    return jnp.minimum(a, bound) - jnp.log1p(jnp.exp(-jnp.abs(a - bound)))
+    """The margin of `best` as far as the edge is concerned. `chosen`: the logit of the value; `ahead`: how far the best
+    score outside the edge is behind its own (negative where it would have won).
+
+    The choice stays where the same values are kept; or where it is kept, and nothing from outside could beat it. Sorted
+    logits move as much as logits do, and log m/(1 - m) of the mass m of the n likeliest moves twice as much over T.
+    """
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    before = _mass_before(ordered, temperature, top_k, top_p)
+    kept = before < top_p
+    next_logit = jnp.concatenate([ordered[..., 1:], jnp.full_like(chosen, -jnp.inf)], -1)
+    if top_p < 1:
+        log_odds = lambda m: jnp.log(m) - jnp.log1p(-m)
+        distance = jnp.abs(log_odds(jnp.minimum(before, 1.0)) - log_odds(top_p)) * jnp.maximum(temperature, COLDEST)
+    else:
+        distance = jnp.full_like(ordered, jnp.inf)
+    last = jnp.arange(ordered.shape[-1]) == kept.sum(-1, keepdims=True) - 1
+    of_set = jnp.where(last, jnp.minimum(ordered - next_logit, distance), jnp.where(kept, jnp.inf, distance)).min(-1)
+    # For any rank n among the kept: the choice stays above all but n values, and the n-th likeliest is kept.
+    of_choice = jnp.where(kept, jnp.minimum(chosen - next_logit, distance), -jnp.inf).max(-1)
+    return jnp.maximum(of_set, jnp.minimum(of_choice, ahead))
+
+
+# --- Posterior noise: eps given x -------------------------------------------------------------------------------------
 
 
 def posterior_noise(
@@ -173,7 +229,8 @@ def _below(
     standard: Float[Array, "... k"], logits: Float[Array, "... k"], x: Int[Array, "..."], top: Float[Array, "... 1"]
 ) -> Float[Array, "... k"]:
     """Noise whose largest score is `top`, at x."""
-    # g - softplus(mu + g - m) is the truncated Gumbel less mu, without adding and subtracting a large mu.
+    # A draw from Gumbel(mu) below m is -log(exp(-m) + exp(-(mu + g))) = mu + g - softplus(mu + g - m); less mu, without
+    # adding and subtracting a large one.
     eps = standard - jax.nn.softplus(logits + standard - top)
     at_x = top - _at(logits, x)
     # A score that rounds to the maximum, or above it, would move the argmax: such ones go a few roundings below.

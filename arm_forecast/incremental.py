@@ -36,9 +36,8 @@ class Window:
     height: int = dataclasses.field(metadata={"static": True})
 
 
-def window_cache(params: Any, config: NetworkConfig, grid: Grid, batch: int, window: int) -> Window:
-    """The cache of windows of `window` rows (a multiple of 4) that begin at row 0. `params` may be None."""
-    del params  # all functions here begin alike
+def window_cache(config: NetworkConfig, grid: Grid, batch: int, window: int) -> Window:
+    """The cache of windows of `window` rows (a multiple of 4) that begin at row 0."""
     if window % STRIDE or not 0 < window <= grid.height:
         raise ValueError(f"window must be a multiple of {STRIDE} in {STRIDE}..{grid.height}, not {window}")
     zeros = lambda layer: jnp.zeros((batch, 1, grid.width >> layer.level, layer.inputs), jnp.dtype(config.dtype))
@@ -115,9 +114,8 @@ class Cells(NamedTuple):
     us: Us
 
 
-def cells_start(params: Any, config: NetworkConfig, grid: Grid, batch: int) -> Cells:
-    """The cells before the first pixel. `params` may be None."""
-    del params
+def cells_start(config: NetworkConfig, grid: Grid, batch: int) -> Cells:
+    """The cells before the first pixel."""
     dtype, causal = jnp.dtype(config.dtype), _causal(config, grid)
     zeros = lambda rows, columns, features: jnp.zeros((batch, rows, columns, features), dtype)
 

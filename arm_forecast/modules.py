@@ -25,13 +25,16 @@ from bitsperdim.convolution import convolve
 from bitsperdim.errors import InputError
 
 
-def init(key: Key[Array, ""], config: ModulesConfig, features: int, grid: Grid) -> PyTree:
-    """Uniform in +- 1/sqrt(fan in), as PyTorch initialises convolutions. Raises InputError where the filters do not
-    split into one group for each channel."""
+def check(config: ModulesConfig, grid: Grid, section: str) -> None:
+    """Raises InputError where the filters do not split into one group for each channel. `section` of the config."""
     if config.filters % grid.channels:
         raise InputError(
-            f"forecast.filters={config.filters} is not divisible by the {grid.channels} channels of the images"
+            f"{section}.filters={config.filters} is not divisible by the {grid.channels} channels that are modelled"
         )
+
+
+def init(key: Key[Array, ""], config: ModulesConfig, features: int, grid: Grid) -> PyTree:
+    """Uniform in +- 1/sqrt(fan in), as PyTorch initialises convolutions."""
     count, filters, outputs = config.modules, config.filters, grid.channels * grid.values
     fan_in = 9 * (features + len(config.inputs) * outputs)
     uniform = lambda name, shape, fan: jax.random.uniform(

@@ -66,7 +66,7 @@ def _extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
     params = networks.prepared(state["ema"], run.config.arm.model, grid)
     batch = sharding.whole_batch(run.config.sampling.batch_size, mesh)
     chosen = samplers.choose(run, batch, grid, has_modules=False)
-    chunk = batch * (1 if chosen.name == "cached" else samplers.CHUNK)
+    chunk = batch * samplers.batches_at_once(chosen)
     draw = samplers.compiled(
         run.config.arm.model, None, grid, chosen, chunk, batch, mesh=mesh if mesh.size > 1 else None
     )
@@ -102,6 +102,7 @@ def make(run: Run) -> Model:
     config, arm_config, grid = run.config.modules.model, run.config.arm.model, facts.grid(run)
     if arm_config.output != "categorical":
         raise InputError("modules forecast categories; set arm.model.output='categorical', or leave out `modules`")
+    modules.check(config, grid, "modules.model")
     dims = grid.height * grid.width * grid.channels
 
     def init(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
@@ -137,11 +138,13 @@ def _trained_arm(run: Run, mesh: Mesh) -> PyTree:
 def _pictures(run: Run, mesh: Mesh) -> Pictures:
     """Where the modules' forecasts were wrong, on samples of the same noise as those of the ARM's stage."""
     config, grid, levels = run.config, facts.grid(run), facts.of_run(run).levels
-    draw = samplers.compiled(config.arm.model, config.modules.model, grid, Sampler("modules"), 16, 16)
+    count, key_of_samples = pictures.NUM_SAMPLES, jax.random.key(pictures.SEED)
+    draw = samplers.compiled(config.arm.model, config.modules.model, grid, Sampler("modules"), count, count)
     decode = pictures.decoder(run, mesh)
 
     def draw_pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
-        samples = draw(networks.prepared({"arm": extra["arm"], "modules": params}, config.arm.model, grid), key)
+        prepared = networks.prepared({"arm": extra["arm"], "modules": params}, config.arm.model, grid)
+        samples = draw(prepared, key_of_samples)
         return pictures.mistakes({"modules": samples}, grid, levels, decode)
 
     return draw_pictures

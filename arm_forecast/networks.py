@@ -77,7 +77,7 @@ def windowed(config: NetworkConfig, grid: Grid, rows: int) -> engine.Network:
 
     def init(batch: int) -> WindowCache:
         above = jnp.zeros((batch, 1, grid.width, config.filters), jnp.dtype(config.dtype))
-        return WindowCache(incremental.window_cache(None, config, grid, batch, rows), above)
+        return WindowCache(incremental.window_cache(config, grid, batch, rows), above)
 
     def call(params, cache: WindowCache, x, start, context):
         images, first = _images(x, grid), start // row_dims

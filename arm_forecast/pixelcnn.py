@@ -64,7 +64,8 @@ def check(config: NetworkConfig, grid: Grid) -> None:
     """Raises InputError where the network does not fit the images."""
     if grid.height % 4 or grid.width % 4:
         raise InputError(
-            f"images are {grid.height}x{grid.width}, but the network halves them twice: both must be multiples of 4"
+            f"the network halves {grid.height}x{grid.width} pixels or codes twice, so both must be multiples of 4: set "
+            "data.image_size to such a number, under an autoencoder to a multiple of 16"
         )
     if config.output == "categorical" and config.filters % grid.channels:
         raise InputError(

@@ -15,22 +15,21 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key, PyTree
 
 from arm_forecast import ancestral, engine, forecasters, networks
-from arm_forecast.config import ModulesConfig
+from arm_forecast.config import FORECASTS, LEARNED, ModulesConfig
 from arm_forecast.engine import Samples
 from arm_forecast.pixelcnn import Grid, NetworkConfig
-from bitsperdim import metrics
+from bitsperdim import metrics, sampler_table
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.run import Run
 
-# The second uses the modules also where the fixed point has the better record.
-LEARNED = ("modules", "modules_without_fallback")
-FORECASTS = ("ancestral", "zeros", "last", "fixed_point", "fixed_point_without_noise", *LEARNED)
+# Noise drawn anew in every call: the same law, but other images than all other samplers draw.
+OTHER_NOISE = "fixed_point_fresh_noise"
 CHUNK = 8  # batches of a predictive sampler that one compiled loop draws, refilling its lanes
 
 
 class Sampler(NamedTuple):
-    """A way to draw. `name`: one of `FORECASTS` or 'cached'; `rows`: of the window that is evaluated, 0 for all."""
+    """A way to draw. `name`: of `config.FORECASTS`, or 'cached'; `rows`: of the window that is evaluated, 0 for all."""
 
     name: str
     rows: int = 0
@@ -41,12 +40,14 @@ class Sampler(NamedTuple):
 
 def parse(text: str, grid: Grid, has_modules: bool) -> Sampler:
     """'fixed_point', or 'fixed_point:8' for windows of 8 rows; InputError for what there is not."""
-    name, _, rows = text.partition(":")
+    name, colon, rows = text.partition(":")
     names = [*(name for name in FORECASTS if has_modules or name not in LEARNED), "cached"]
     if name not in names:
         why = ": the run has no forecasting modules" if name in LEARNED else ""
-        raise InputError(f"there is no sampler '{text}' here{why}; there are auto, {', '.join(names)}")
-    if not rows:
+        heights = " or ".join(f":{rows}" for rows in windows(grid))
+        windowed = f"; all but the first and the last also in windows of rows, NAME{heights}" if heights else ""
+        raise InputError(f"there is no sampler '{text}' here{why}; there are auto, {', '.join(names)}{windowed}")
+    if not colon:
         return Sampler(name)
     allowed = windows(grid)
     if name == "cached" or not re.fullmatch(r"\d+", rows) or int(rows) not in allowed:
@@ -61,22 +62,31 @@ def windows(grid: Grid) -> tuple[int, ...]:
 
 
 def choose(run: Run, batch: int, grid: Grid, has_modules: bool) -> Sampler:
-    """The fastest sampler for a batch: as measured on this kind of device in the run, or by the built-in rule.
+    """The fastest sampler for a batch: as measured with these weights on this kind of device, or by the built-in rule.
 
     Modules may have been measured and be missing here: pairs for modules yet to be trained are drawn without any.
     """
-    path = run.workdir / "samplers.json"
-    if path.exists():
-        found = run_lib.read_json(path, {"device": str, "rows": list})
-        of = lambda row: row["sampler"].partition(":")[0]
-        rows = [row for row in found["rows"] if row["exact"] is not False and (has_modules or of(row) not in LEARNED)]
-        if found["device"] == jax.devices()[0].device_kind and rows:
-            distance = lambda row: abs(math.log(row["batch"] / batch))
-            nearest = min(map(distance, rows))
-            at_batch = [row for row in rows if distance(row) == nearest]
-            name, _, height = min(at_batch, key=lambda row: row["seconds_per_image"])["sampler"].partition(":")
-            return Sampler(name, int(height or 0))
-    return default(batch, grid)
+    table = sampler_table.read(run.workdir / sampler_table.FILE)
+    if table is None or not table.complete:
+        return default(batch, grid)
+    if table.conditions != sampler_table.conditions(run, table.conditions["seed"]):
+        return default(batch, grid)
+    rows = [row for row in table.rows if row["exact"] is not False and _is_choice(row["sampler"], grid, has_modules)]
+    if not rows:
+        return default(batch, grid)
+    distance = lambda row: abs(math.log(row["batch"] / batch))
+    nearest = min(map(distance, rows))
+    at_batch = [row for row in rows if distance(row) == nearest]
+    fastest = min(at_batch, key=lambda row: row["seconds_per_image"])
+    return parse(fastest["sampler"], grid, has_modules)
+
+
+def _is_choice(text: str, grid: Grid, has_modules: bool) -> bool:
+    """Whether it can be drawn with here. A table of another version may name samplers that there are not."""
+    try:
+        return parse(text, grid, has_modules).name != OTHER_NOISE
+    except InputError:
+        return False
 
 
 def default(batch: int, grid: Grid) -> Sampler:
@@ -117,6 +127,8 @@ def compiled(
     """
     if sampler.name == "cached":
         return ancestral.sampler(config, grid, num_samples, top_k=top_k, top_p=top_p, mesh=mesh, **options)
+    if sampler.name == OTHER_NOISE:
+        options["fresh_noise"] = True
     network = networks.windowed(config, grid, sampler.rows) if sampler.rows else networks.whole(config, grid)
     return engine.sampler(
         network,
@@ -142,8 +154,14 @@ def _forecaster(name: str, modules: ModulesConfig | None, grid: Grid) -> forecas
         "last": forecasters.last,
         "fixed_point": forecasters.fixed_point,
         "fixed_point_without_noise": forecasters.fixed_point_without_noise,
+        OTHER_NOISE: forecasters.fixed_point,
     }
     return makers[name]()
+
+
+def batches_at_once(sampler: Sampler) -> int:
+    """Of how many batches one compiled loop draws the images, handing each lane that is free the next one."""
+    return 1 if sampler.name == "cached" else CHUNK
 
 
 def draw(
@@ -161,7 +179,7 @@ def draw(
 ) -> Samples:
     """n samples as numpy arrays, in chunks of one shape, with progress on stderr."""
     batch = min(batch, n)
-    chunk = batch if sampler.name == "cached" else min(n, CHUNK * batch)
+    chunk = min(n, batch * batches_at_once(sampler))
     options = {"top_k": top_k, "top_p": top_p, "mesh": mesh}
     some = compiled(arm.config, arm.modules, arm.grid, sampler, chunk, batch, **options)
     report, parts = metrics.counting("samples", n, run_lib.stream()), []

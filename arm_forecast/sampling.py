@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
-from arm_forecast import autoencoder_stage, codes, comparison, facts, networks, pixelcnn, samplers
+from arm_forecast import autoencoder_stage, codes, comparison, engine, facts, networks, pixelcnn, samplers
 from arm_forecast.pixelcnn import Grid
 from arm_forecast.samplers import Arm, Samples
 from bitsperdim import sharding, trainer
@@ -58,20 +58,20 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         batch_size: int = 0,
         given: np.ndarray | None = None,
     ) -> tuple[np.ndarray, dict[str, Any]]:
+        for name, value, least in (("n", n, 1), ("batch_size", batch_size, 0)):
+            if value < least:
+                raise InputError(f"{name} must be at least 1, not {value}")
         known = None if given is None else _given(given, n, facts.grid(run), latent)
         batch = min(n, sharding.whole_batch(batch_size or config.sampling.batch_size, mesh))
-        name = sampler or config.sampling.sampler
-        chosen = (
-            samplers.choose(run, batch, arm().grid, arm().modules is not None)
-            if name == "auto"
-            else samplers.parse(name, arm().grid, arm().modules is not None)
-        )
+        chosen = _sampler(run, sampler, batch, arm())
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         samples = samplers.draw(
             arm(), chosen, key, n, batch, given=known, mesh=mesh if mesh.size > 1 else None, **options
         )
         x = np.asarray(samples.x).reshape(n, arm().grid.height, arm().grid.width, arm().grid.channels)
         report = {"sampler": str(chosen), "batch_size": batch, **describe(samples)}
+        # How often each image's network was called, and how many of its dimensions were final after each call.
+        report |= {"calls": np.asarray(samples.calls), "accepted": engine.trace(samples.call_of)}
         return (decode(x) if latent else x.astype(np.uint8)), report
 
     return Loaded(
@@ -82,14 +82,25 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         encode=encode,
         decode=decode,
         reconstruct=lambda images: decode(encode(images)),
-        compare_samplers=functools.partial(comparison.compare, run, arm, decode if latent else None),
+        compare_samplers=functools.partial(comparison.compare, arm, about.levels, decode if latent else None),
     )
+
+
+def _sampler(run: Run, name: str, batch: int, arm: Arm) -> samplers.Sampler:
+    """The one that is asked for, by name or by the config."""
+    of_config = run.config.sampling.sampler
+    if (name or of_config) == "auto":
+        return samplers.choose(run, batch, arm.grid, arm.modules is not None)
+    try:
+        return samplers.parse(name or of_config, arm.grid, arm.modules is not None)
+    except InputError as error:
+        raise error if name else InputError(f"config value sampling.sampler: {error}") from error
 
 
 def describe(samples: Samples) -> dict[str, Any]:
     """Calls of the network and how safely the samples are those that any other sampler would draw.
 
-    `smallest_margin` is None where no value had a rival, as under top_k = 1.
+    `smallest_margin` is None where nothing was drawn.
     """
     num_dims, margin = samples.x.shape[1], float(np.min(samples.margin))
     return {

@@ -6,6 +6,8 @@ Training goes on from there where the steps are raised, with a new optimizer. No
 
 import os
 import pathlib
+import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -47,14 +49,21 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     path = pathlib.Path(path)
     if path.suffix != ".npz":
         raise InputError(f"{path} is not an .npz file; PyTorch files are not read. Export it first:\n{HOW_TO_EXPORT}")
+    name = ""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            # Checkpoints of a model under DataParallel carry its prefix.
-            return {name.removeprefix("module."): arrays[name] for name in arrays.files}
+        # NumPy leaves a file open that it cannot read.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            found = {}
+            for name in arrays.files:
+                # Checkpoints of a model under DataParallel carry its prefix.
+                found[name.removeprefix("module.")] = arrays[name]
+            return found
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not an .npz file of plain arrays. Export it again:\n{HOW_TO_EXPORT}") from error
+    except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        why = f"array '{name}': {error}" if name else str(error)
+        what = f"{path} is not a whole .npz file of plain arrays ({why or type(error).__name__})"
+        raise InputError(f"{what}. Export it again:\n{HOW_TO_EXPORT}") from error
 
 
 def adopt(workdir: str | os.PathLike[str], imported: Imported) -> Run:
@@ -62,6 +71,19 @@ def adopt(workdir: str | os.PathLike[str], imported: Imported) -> Run:
     run = run_lib.check(workdir, imported.config)
     if (run.workdir / "config.json").exists():
         raise InputError(f"{run.workdir} is a run already; use a new --workdir")
+    existed = run.workdir.exists()
+    try:
+        _write(run, imported)
+    except BaseException:  # also where a signal ends it: half a run is in the way of the next try
+        for path in run.workdir.iterdir() if run.workdir.exists() else ():
+            path.rmtree() if path.is_dir() else path.unlink()
+        if run.workdir.exists() and not existed:
+            run.workdir.rmdir()
+        raise
+    return run
+
+
+def _write(run: Run, imported: Imported) -> None:
     mesh = sharding.make_mesh(run.config.mesh)
     run_lib.create(run)
     for name, weights in imported.stages.items():
@@ -78,7 +100,6 @@ def adopt(workdir: str | os.PathLike[str], imported: Imported) -> Run:
         state["step"] = jax.device_put(jnp.int32(stage.settings.steps), state["step"].sharding)
         with trainer.checkpoints_of(run, stage) as checkpoints:
             checkpoints.save(stage.settings.steps, state)
-    return run
 
 
 def _check(state: PyTree, weights: Weights, name: str) -> None:

@@ -23,7 +23,19 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from bitsperdim import adopt, atomic, data, flag_values, images, metrics, neighbours, rejection, sharding, trainer
+from bitsperdim import (
+    adopt,
+    atomic,
+    data,
+    flag_values,
+    images,
+    metrics,
+    neighbours,
+    rejection,
+    sampler_table,
+    sharding,
+    trainer,
+)
 from bitsperdim import config as config_lib
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError, RunError
@@ -75,6 +87,8 @@ def evaluate() -> None:
 def sample() -> None:
     """Draws pictures from a run; writes samples.png, samples.npy (uint8 levels, NHWC) and sampling.json.
 
+    Of autoregressive models also sampling.npz: network calls of each image, and how much of it was final after each.
+
     python sample.py --workdir=RUN [flags]
 
       --num=16                  number of samples
@@ -94,7 +108,8 @@ def sample() -> None:
       --sampler=NAME            default: the fastest for the batch, as --compare_samplers measured it
       --batch_size=N            images drawn at once
       --given=FILE.npy          known pixels [h, w, c] or [n, h, w, c], -1 where the model is to fill in
-      --compare_samplers        measure every sampler; writes samplers.json and pictures
+      --compare_samplers        measure every sampler; writes samplers.json, row by row, and pictures. Stopped, the
+                                same command goes on behind the last row
       --traceback               show where an error comes from
     """
     _script(_sample, sample.__doc__)
@@ -146,7 +161,8 @@ def _sample(argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "Run folder.", flag_values=values)
     flags.DEFINE_string("out", "", "Folder for the pictures; default the run folder.", flag_values=values)
     flags.DEFINE_integer("num", 16, "Number of samples.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Seed of the noise.", flag_values=values)
+    largest = 2**63 - 1  # of a seed
+    flags.DEFINE_integer("seed", 0, "Seed of the noise.", -largest, largest, flag_values=values)
     flags.DEFINE_boolean("compare_samplers", False, "Measure every sampler.", flag_values=values)
     flags.DEFINE_integer("label", None, "Class to sample.", flag_values=values)
     flags.DEFINE_integer("batch_size", None, "Images drawn at once.", lower_bound=1, flag_values=values)
@@ -175,6 +191,7 @@ def _sample(argv: list[str]) -> None:
     seconds = time.perf_counter() - start
     chosen = {"given": values.given} if values.given else {}
     about = {"num": values.num, "seed": values.seed, **options, **chosen, **about}
+    by_image = {name: about.pop(name) for name in list(about) if isinstance(about[name], np.ndarray)}
     with _writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, some in ({"samples": pictures} | grids).items():
@@ -184,6 +201,9 @@ def _sample(argv: list[str]) -> None:
         run_lib.write_json(folder / "sampling.json", about | {"seconds_with_compilation": round(seconds, 3)})
         if record is not None:
             run_lib.write_json(folder / "rejection.json", record)
+        elif by_image:
+            with (folder / "sampling.npz").open("wb") as file:
+                np.savez_compressed(file, **by_image)
     print(f"{values.num} samples in {seconds:.1f} s (compilation included): {folder / 'samples.png'}")
     if source is not None:
         _nearest(pictures, source, values.nearest, features, loaded.levels, folder)
@@ -227,15 +247,13 @@ def _nearest(
 def _compare_samplers(run: Run, loaded: Loaded, seed: int, folder: epath.Path) -> None:
     if loaded.compare_samplers is None:
         raise InputError(f"a run of {run.family.__name__} has one sampler, so there is nothing to compare")
-    rows, pictures = loaded.compare_samplers(jax.random.key(seed), run_lib.stream())
     with _writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        device = jax.devices()[0].device_kind
-        run_lib.write_json(folder / "samplers.json", {"device": device, "seed": seed, "rows": rows})
+        rows, pictures = sampler_table.measure(loaded.compare_samplers, run, seed, folder)
         for name, picture in pictures.items():
             images.save_png(folder / f"{name}.png", picture)
-    print(metrics.table([tuple(row.values()) for row in rows], tuple(rows[0])))
-    print(f"written to {folder / 'samplers.json'} and {', '.join(f'{name}.png' for name in pictures)}")
+    shown = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    print(metrics.table([tuple(row.get(name) for name in shown) for row in rows], tuple(shown)))
+    print(f"written to {folder / sampler_table.FILE} and {', '.join(f'{name}.png' for name in pictures)}")
 
 
 def _convert(argv: list[str]) -> None:

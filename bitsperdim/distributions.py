@@ -142,5 +142,9 @@ def _log_mass(
     centred, inverse = level_to_value(x, levels) - mean, jnp.exp(-log_scale)
     below_top = jax.nn.log_sigmoid((centred + half) * inverse)
     above_bottom = jax.nn.log_sigmoid((half - centred) * inverse)
-    between = below_top + above_bottom + jnp.log(-jnp.expm1(-2.0 * half * inverse))
+    # 1 - exp(-2 w / s) is 2 w / s where that is small; taken in logarithms, as 1 / s underflows for scales above e^87.
+    ratio = 2.0 * half * inverse
+    is_small = ratio < 1e-6
+    log_factor = jnp.log(-jnp.expm1(-jnp.where(is_small, 1.0, ratio)))
+    between = below_top + above_bottom + jnp.where(is_small, jnp.log(2.0 * half) - log_scale, log_factor)
     return jnp.where(x == 0, below_top, jnp.where(x == levels - 1, above_bottom, between))

@@ -87,7 +87,8 @@ class Loaded(NamedTuple):
     encode: Callable[[UInt8[np.ndarray, "n h w c"]], PyTree]
     decode: Callable[[PyTree], UInt8[np.ndarray, "n h w c"]]
     reconstruct: Callable[[UInt8[np.ndarray, "n h w c"]], UInt8[np.ndarray, "n h w c"]]
-    # (key, progress) -> what each of the family's samplers takes, one row each, and plots of it; where it has several
+    # (key, progress, rows of an earlier start, keep) -> what each of the family's samplers takes, one row each, and
+    # plots of it; where it has several. `keep` is called with all rows whenever there is one more
     compare_samplers: Callable[..., tuple[list[dict[str, Any]], dict[str, np.ndarray]]] | None = None
 
     def sample(self, key: Key[Array, ""], n: int, **options: Any) -> UInt8[np.ndarray, "n h w c"]:

@@ -1,4 +1,4 @@
-"""Curves of a stage as a picture: every logged figure over the steps, training beside evaluation.
+"""Plots as pictures: a stage's curves, every logged figure over the steps, and what samplers take over the batch.
 
 Not here: grids of images (`images.py`).
 """
@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 from jaxtyping import UInt8
 
 COLUMNS = 3
+TITLE = 24  # pixels
 KINDS = {"train": "", "evaluation": "o"}  # of line, and its marker
 # Drawn beside what they belong to, or of no use as a curve.
 HIDDEN = ("step", "kind", "steps", "images", "non_finite_in_a_row")
@@ -23,16 +26,11 @@ def curves(records: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
 
     Left out are standard errors, figures that were always zero, and lines of another kind.
     """
-    # Of a home that cannot be written to: a temporary folder does as well.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import, for those who only sample
-    from matplotlib.figure import Figure
-
     records = [record for record in records if record.get("kind") in KINDS]
     names = dict.fromkeys(name for record in records for name in record if _is_shown(name))
     names = [name for name in names if any(record.get(name) for record in records)]
     rows = max(1, -(-len(names) // COLUMNS))
-    figure = Figure(figsize=(4 * COLUMNS, 2.6 * rows), dpi=100, layout="constrained")
+    figure, canvas = _figure(4 * COLUMNS, 2.6 * rows)
     panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for panel, name in zip(panels, names, strict=False):
         for kind, marker in KINDS.items():
@@ -49,7 +47,61 @@ def curves(records: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
         panel.set_axis_off()
     if names:
         panels[0].legend(fontsize=7)
-    return render(FigureCanvasAgg(figure))
+    return render(canvas)
+
+
+def samplers(rows: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
+    """Calls and seconds of each sampler over the batch, with the deviation over seeds; estimates (seeds = 0) hollow.
+
+    Samplers of one kind share a colour; the rows of their windows, in 'KIND:ROWS', tell them apart by the line. Where
+    lines coincide, the wider ones below are seen.
+    """
+    figure, canvas = _figure(13, 5)
+    panels = figure.subplots(1, 2)
+    names = list(dict.fromkeys(row["sampler"] for row in rows))
+    kinds = list(dict.fromkeys(name.partition(":")[0] for name in names))
+    heights = sorted({int(height) for name in names if (height := name.partition(":")[2])})
+    batches = sorted({row["batch"] for row in rows})
+    columns = (("calls_percent", "calls_deviation"), ("seconds_per_image", "seconds_deviation"))
+    for place, name in enumerate(names):
+        kind, _, height = name.partition(":")
+        line = ("--", "-.", ":")[heights.index(int(height)) % 3] if height else "-"
+        style = {"color": f"C{kinds.index(kind)}", "linewidth": 4.0 - 3.0 * place / len(names)}
+        own = [row for row in rows if row["sampler"] == name]
+        for panel, (value, error) in zip(panels, columns, strict=True):
+            panel.plot([row["batch"] for row in own], [row[value] for row in own], linestyle=line, label=name, **style)
+            for row in own:
+                face = style["color"] if row["seeds"] else "white"
+                marker = {"marker": "o", "markersize": 4, "markerfacecolor": face, "color": style["color"], "zorder": 3}
+                panel.errorbar(row["batch"], row[value], row.get(error) or 0.0, capsize=2, **marker)
+    for panel, title in zip(panels, ("network calls in % of the dimensions", "seconds an image"), strict=True):
+        panel.set(xscale="log", yscale="log", xlabel="batch (hollow: estimated)", title=title)
+        panel.set_xticks(batches, [str(batch) for batch in batches])
+        panel.set_xticks([], minor=True)
+        panel.grid(alpha=0.3)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return render(canvas)
+
+
+def titled(picture: UInt8[np.ndarray, "h w 3"], title: str) -> UInt8[np.ndarray, "H W 3"]:
+    """The picture below a line of text; as wide as both need."""
+    font = PIL.ImageFont.load_default(13)
+    width = max(picture.shape[1], int(font.getlength(title)) + 8)
+    canvas = PIL.Image.new("RGB", (width, picture.shape[0] + TITLE), "white")
+    canvas.paste(PIL.Image.fromarray(picture), (0, TITLE))
+    PIL.ImageDraw.Draw(canvas).text((4, 4), title, "black", font)
+    return np.asarray(canvas)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure, and its canvas to render."""
+    # Of a home that cannot be written to: a temporary folder does as well.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import, for those who only sample
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    return figure, FigureCanvasAgg(figure)
 
 
 def _is_shown(name: str) -> bool:

@@ -37,6 +37,7 @@ FREE_KEYS = frozenset(
     # Where images lie; that they are the same ones is checked by their fingerprint.
     | {"path", "evaluation_path"}
 )
+FREE_SECTIONS = ("mesh", "sampling")
 # Of the section `data`: places on this machine, kept in full so that a run can be used from any folder.
 PATH_KEYS = ("path", "evaluation_path", "data_dir", "cache_dir")
 
@@ -206,7 +207,7 @@ def _why_not_longer(key: str, before: dict[str, Any], after: dict[str, Any], run
 
 def _may_differ(key: str, before: dict[str, Any], after: dict[str, Any], config: Any) -> bool:
     section, _, name = key.rpartition(".")
-    if name in FREE_KEYS or section.split(".")[0] == "mesh":
+    if name in FREE_KEYS or section.split(".")[0] in FREE_SECTIONS:
         return True
     if name == "steps" and key in before and key in after:
         return after[key] > before[key] and not optim.depends_on_steps(_optim_beside(section, config))
@@ -221,19 +222,23 @@ def _optim_beside(section: str, config: Any) -> optim.OptimConfig:
     return parent.optim
 
 
-def read_json(path: epath.Path, needed: Collection[str] | Mapping[str, Any] = ()) -> dict[str, Any]:
-    """A file of the run; `InputError` where it is damaged or not what is `needed`.
+def read_json(
+    path: epath.Path,
+    needed: Collection[str] | Mapping[str, Any] = (),
+    remedy: str = "restore it, or use a new --workdir",
+) -> dict[str, Any]:
+    """A file of the run; `InputError` with the remedy where it is damaged or not what is `needed`.
 
     That is names of keys, or their types by name: a class, a list of types, or again types by name.
     """
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); restore it, or use a new --workdir") from error
+        raise InputError(f"{path} is damaged ({error}); {remedy}") from error
     if not isinstance(values, dict):
-        raise InputError(f"{path} is damaged (it holds no object); restore it, or use a new --workdir")
+        raise InputError(f"{path} is damaged (it holds no object); {remedy}")
     if misfit := _misfit(values, needed):
-        raise InputError(f"{path} is damaged ({misfit}); restore it, or use a new --workdir")
+        raise InputError(f"{path} is damaged ({misfit}); {remedy}")
     return values
 
 

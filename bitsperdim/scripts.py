@@ -9,6 +9,14 @@ import sys
 
 from bitsperdim import signals
 
+# What is left of a script that a signal ends.
+LEFT = {
+    "train": "the same command goes on from what is saved",
+    "evaluate": "nothing was written; the same command begins again",
+    "sample": "with --compare_samplers the same command goes on behind the rows that are saved, else it begins again",
+    "convert": "nothing is left of it; the same command begins again",
+}
+
 
 def train() -> None:
     """See `cli.train`."""
@@ -37,5 +45,5 @@ def _run(name: str) -> None:
         getattr(importlib.import_module("bitsperdim.cli"), name)()
     except KeyboardInterrupt as stop:
         by = f" by {stop}" if str(stop) else ""
-        print(f"stopped{by}; the same command goes on from what is saved", file=sys.stderr)
+        print(f"stopped{by}; {LEFT[name]}", file=sys.stderr)
         sys.exit(3)

@@ -4,7 +4,7 @@ Source: Razavi et al. 2019, algorithm 2. Not here: training the parts (`autoenco
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TextIO
 
 import jax
@@ -210,12 +210,17 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         about: dict[str, Any] = {"sampler": sampler, "batch_size": size, "calls_per_image": calls}
         return pictures, about if labels is None else about | {"labels": labels}
 
-    def compare_samplers(key: Key[Array, ""], stream: TextIO) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    def compare_samplers(
+        key: Key[Array, ""],
+        stream: TextIO,
+        done: Sequence[dict[str, Any]] = (),
+        keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         """`comparison.compare` at temperature 1."""
         plain = {level: _Options(1.0, 0, 1.0) for level in grids(run)}
         cells = {level: height * width for level, (height, width) in grids(run).items()}
         draw = lambda key, n, sampler: chain()(key, n, n, None, sampler, plain)[:2]
-        return comparison.compare(draw, cells, key, stream)
+        return comparison.compare(draw, cells, key, stream, done, keep)
 
     def log_prob(images: np.ndarray, key: Key[Array, ""] | None = None, samples: int = 1) -> NoReturn:
         """Raises InputError: there is none."""

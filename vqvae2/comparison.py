@@ -3,63 +3,70 @@
 Decoding is part of the time, compilation is not. Not here: the samplers (`sampling.py`).
 """
 
-import time
-from collections.abc import Callable
-from typing import Any, TextIO
+from collections.abc import Callable, Sequence
+from typing import TextIO
 
 import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from arm_forecast import pictures
+from bitsperdim import plots, sampler_table
+from bitsperdim.sampler_table import Row
 
 BATCHES = (1, 8)
 SEEDS = 3
 BUDGET = 120.0  # seconds beyond which whole passes for every code are estimated, from those of the fixed point
 
-Row = dict[str, Any]
 Draw = Callable[[Key[Array, ""], int, str], tuple[np.ndarray, dict[str, float]]]
 
 
 def compare(
-    draw: Draw, cells: dict[str, int], key: Key[Array, ""], stream: TextIO
+    draw: Draw,
+    cells: dict[str, int],
+    key: Key[Array, ""],
+    stream: TextIO,
+    done: Sequence[Row] = (),
+    keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> tuple[list[Row], dict[str, np.ndarray]]:
     """A row for each sampler and batch, and their plot. `draw(key, n, sampler)` -> images, mean calls by level.
 
-    `calls_percent`: of the codes of all levels; `exact`: whether the images of the first seed equal those of 'cached';
-    `seeds` = 0 marks an estimate.
+    `calls_percent`: of the codes of all levels; `exact`: whether the images of every seed equal those of 'cached', over
+    `images_compared`; `seeds` = 0 marks an estimate. `done`: rows of an earlier start, which are not measured again;
+    `keep` is called with all rows after each.
     """
-    rows: list[Row] = []
+    rows = list(done)
     for batch in BATCHES:
-        cached = _row(draw, cells, "cached", batch, key, None)
-        fixed_point = _row(draw, cells, "fixed_point", batch, key, cached["images"])
-        per_call = fixed_point["seconds_per_image"] / fixed_point["calls"]
-        if per_call * batch * sum(cells.values()) > BUDGET:
-            ancestral = _estimated(fixed_point, cells, per_call)
-        else:
-            ancestral = _row(draw, cells, "ancestral", batch, key, cached["images"])
-        for row in (cached, fixed_point, ancestral):
-            rows.append({name: value for name, value in row.items() if name not in ("images", "calls")})
+        for sampler in ("cached", "fixed_point", "ancestral"):
+            if _find(rows, sampler, batch) is not None:
+                continue
+            rows.append(_row(draw, cells, sampler, batch, key, rows))
+            keep(rows)
             print(
-                f"{row['sampler']} batch {batch}: {row['calls_percent']:.1f} % of calls, "
-                f"{row['seconds_per_image']:.3f} s an image",
+                f"{sampler} batch {batch}: {rows[-1]['calls_percent']:.1f} % of calls, "
+                f"{rows[-1]['seconds_per_image']:.3f} s an image",
                 file=stream,
                 flush=True,
             )
-    return rows, {"samplers": pictures.comparison(rows)}
+    return rows, {"samplers": plots.samplers(rows)}
 
 
-def _row(
-    draw: Draw, cells: dict[str, int], sampler: str, batch: int, key: Key[Array, ""], reference: np.ndarray | None
-) -> Row:
-    draw(jax.random.fold_in(key, 0), batch, sampler)  # compiles, the folding too
-    images, calls, seconds = [], [], []
-    for seed in range(SEEDS):
-        start = time.perf_counter()
-        drawn, taken = draw(jax.random.fold_in(key, seed), batch, sampler)
-        seconds.append((time.perf_counter() - start) / batch)
-        images.append(drawn)
-        calls.append(taken)
+def _find(rows: Sequence[Row], sampler: str, batch: int) -> Row | None:
+    return next((row for row in rows if (row["sampler"], row["batch"]) == (sampler, batch)), None)
+
+
+def _row(draw: Draw, cells: dict[str, int], sampler: str, batch: int, key: Key[Array, ""], rows: Sequence[Row]) -> Row:
+    """One line of the table, given those before it."""
+    fixed_point, cached = (_find(rows, name, batch) for name in ("fixed_point", "cached"))
+    if sampler == "ancestral" and fixed_point is not None:
+        calls = sum(fixed_point[f"calls_{level}"] for level in cells)
+        per_call = fixed_point["seconds_per_image"] / calls
+        if per_call * batch * sum(cells.values()) > BUDGET:
+            return _estimated(fixed_point, cells, per_call)
+    keys = [jax.random.fold_in(key, seed) for seed in range(SEEDS)]
+    draw(keys[0], batch, sampler)  # compiles
+    drawn, seconds = sampler_table.repeated(lambda seed: draw(keys[seed], batch, sampler), SEEDS, BUDGET * SEEDS)
+    seconds, calls = [of_batch / batch for of_batch in seconds], [taken for _, taken in drawn]
+    digests = [sampler_table.digest(images) for images, _ in drawn]
     by_level = {f"calls_{level}": float(np.mean([taken[level] for taken in calls])) for level in cells}
     return {
         "sampler": sampler,
@@ -67,11 +74,10 @@ def _row(
         "calls_percent": 100.0 * sum(by_level.values()) / sum(cells.values()),
         **by_level,
         "seconds_per_image": float(np.mean(seconds)),
-        "seconds_deviation": float(np.std(seconds, ddof=1)),
-        "seeds": SEEDS,
-        "exact": None if reference is None else bool((images[0] == reference).all()),
-        "images": images[0],
-        "calls": sum(by_level.values()),
+        "seconds_deviation": sampler_table.deviation(seconds),
+        "seeds": len(drawn),
+        **sampler_table.agreement(digests, cached["digests"] if cached is not None else (), batch),
+        "digests": digests,
     }
 
 
@@ -79,4 +85,5 @@ def _estimated(fixed_point: Row, cells: dict[str, int], per_call: float) -> Row:
     """Whole passes for every code, at the fixed point's time of one."""
     by_level = {f"calls_{level}": float(count) for level, count in cells.items()}
     seconds = {"seconds_per_image": per_call * sum(cells.values()), "seconds_deviation": None, "seeds": 0}
-    return fixed_point | {"sampler": "ancestral", "calls_percent": 100.0, **by_level, **seconds, "exact": None}
+    nothing_drawn = {"exact": None, "images_compared": 0, "digests": []}
+    return fixed_point | {"sampler": "ancestral", "calls_percent": 100.0, **by_level, **seconds, **nothing_drawn}

@@ -1,10 +1,13 @@
 """Published PixelCNN++ tensors: every one is placed, and nothing else passes."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 
 from arm_forecast import convert
+from bitsperdim import adopt, cli
 from bitsperdim.errors import InputError
 
 
@@ -56,3 +59,84 @@ def test_outputs_that_fit_no_mixture_are_refused(state):
     state["nin_out.lin_a.weight_v"] = state["nin_out.lin_a.weight_v"][:48]
     with pytest.raises(InputError, match="48 outputs, which fit no mixture for 3 channels"):
         convert.network_from_torch(state)
+
+
+V = "u_init.conv.weight_v"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: {V: v.ravel()}, r"'u_init\.conv\.weight_v' has the shape \(192,\), not one of 4 axes"),
+        (lambda v: {"nin_out.lin_a.weight_v": np.float32(3)}, r"'nin_out\.lin_a\.weight_v' has the shape \(\)"),
+        (lambda v: {V: np.full_like(v, np.nan)}, r"'u_init\.conv\.weight_v' holds 192 values that are not finite"),
+        (lambda v: {V: np.zeros_like(v)}, r"'u_init\.conv\.weight_v' has a row of zeros"),
+        (lambda v: {V: v.astype(np.int32)}, r"'u_init\.conv\.weight_v' holds int32, not real numbers"),
+        (lambda v: {V: np.full(v.shape, "x")}, r"'u_init\.conv\.weight_v' holds <U1, not real numbers"),
+        (lambda v: {V: v[:, :3]}, "fit no mixture for 2 channels"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_named(state, change, message):
+    with pytest.raises(InputError, match=message):
+        convert.params_from_torch(state | change(state[V]))
+
+
+def test_a_file_without_resnets_is_refused(state):
+    state = {name: value for name, value in state.items() if not name.startswith("up_layers.0.u_stream")}
+    with pytest.raises(InputError, match=r"lacks the tensors 'up_layers\.0\.u_stream"):
+        convert.network_from_torch(state)
+
+
+def test_the_newer_names_of_weight_normalisation_are_read(state):
+    newer = {
+        re.sub("weight_([gv])", lambda m: f"parametrizations.weight.original{'gv'.index(m[1])}", name): value
+        for name, value in state.items()
+    }
+    assert newer.keys() != state.keys()
+    jax.tree.map(np.testing.assert_array_equal, convert.params_from_torch(newer), convert.params_from_torch(state))
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a bit turned", "another compression", "no zip file", "nothing"])
+def test_a_damaged_file_is_refused_in_words_and_leaves_nothing(state, tmp_path, monkeypatch, capsys, damage):
+    file = tmp_path / "weights.npz"
+    np.savez_compressed(file, **state)
+    written = bytearray(file.read_bytes())
+    middle = len(written) // 2
+    if damage == "cut short":
+        written = written[:middle]
+    elif damage == "a bit turned":
+        written[middle] ^= 255
+    elif damage == "another compression":
+        written[written.index(b"PK\x01\x02") + 10] = 99  # a compression that there is not, in the first entry
+    else:
+        written = bytearray(b"hello" if damage == "no zip file" else b"")
+    file.write_bytes(written)
+    workdir = tmp_path / "run"
+    flags = ["--family=arm_forecast", f"--checkpoint={file}", f"--workdir={workdir}", "--image_size=8"]
+    monkeypatch.setattr("sys.argv", ["convert.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        cli.convert()
+    assert ended.value.code == 2 and not workdir.exists()
+    assert str(file) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_what_fails_after_the_file_is_read_leaves_no_half_run(state, tmp_path, monkeypatch, exists):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    file, workdir = tmp_path / "weights.npz", tmp_path / "run"
+    np.savez(file, **state)
+    if exists:
+        workdir.mkdir()
+    flags = ["--family=arm_forecast", f"--checkpoint={file}", f"--workdir={workdir}"]
+    # 30 pixels are not divisible by the network's 4: told when the model is made.
+    monkeypatch.setattr("sys.argv", ["convert.py", *flags, "--image_size=30"])
+    with pytest.raises(SystemExit) as ended:
+        cli.convert()
+    assert ended.value.code == 2
+    monkeypatch.setattr(adopt.state_lib, "create", killed)
+    monkeypatch.setattr("sys.argv", ["convert.py", *flags, "--image_size=8"])
+    with pytest.raises(KeyboardInterrupt):
+        cli.convert()
+    assert workdir.exists() == exists and not (exists and list(workdir.iterdir()))

@@ -52,7 +52,7 @@ def test_noise_depends_on_sample_and_dimension_alone():
 
 def test_golden_samples(golden):
     g = golden("arm/gumbel")
-    np.testing.assert_array_equal(gumbel.gumbel_argmax(jnp.float32(g["mu"]), jnp.float32(g["eps"])), g["x"])
+    np.testing.assert_array_equal(gumbel.best(jnp.float32(g["mu"]), jnp.float32(g["eps"]))[0], g["x"])
 
 
 # --- Posterior noise --------------------------------------------------------------------------------------------------
@@ -129,16 +129,6 @@ def test_posterior_noise_of_bfloat16_logits_and_of_values_ruled_out():
     np.testing.assert_array_equal((logits + eps).argmax(-1), [0, 1])
 
 
-def test_truncated_gumbel_follows_its_law():
-    standard = jnp.float32(np.random.default_rng(8).gumbel(size=50_000))
-    drawn = gumbel.truncated_gumbel(jnp.float32(1.5), standard, jnp.float32(2.0))
-    assert drawn.max() <= 2.0
-    # P(G < g | G < b) = exp(-e^-(g - mu) + e^-(b - mu)): mapped to the standard Gumbel by that quantile.
-    quantile = np.exp(-np.exp(1.5 - np.float64(drawn)) + np.exp(-0.5))
-    assert ks_to_gumbel(-np.log(-np.log(quantile))) < KS_LIMIT / 50_000**0.5
-    assert gumbel.truncated_gumbel(jnp.float32(1e6), jnp.float32(0.0), jnp.float32(-3.0)) == -3.0
-
-
 # --- Scores -----------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +162,43 @@ def test_restrictions_against_a_plain_reading():
             mass = np.cumsum(mass / mass.sum())
             mask[order[: 1 + (mass < top_p).sum()]] = True
         np.testing.assert_array_equal(kept(logits, temperature, top_k, top_p), expected)
+
+
+best = jax.jit(gumbel.best, static_argnames=("top_k", "top_p"))
+RESTRICTIONS = [(1.0, 0, 1.0), (1.0, 3, 1.0), (0.7, 0, 0.8), (1.3, 4, 0.9), (0.0, 2, 0.9), (1.0, 1, 1.0)]
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), RESTRICTIONS)
+def test_no_change_of_the_logits_within_half_the_margin_changes_the_value(temperature, top_k, top_p):
+    """Neither a random change nor that which favours one value over all others."""
+    generator = np.random.default_rng(20)
+    logits = generator.normal(size=(4000, 6)).astype(np.float32)
+    eps = generator.gumbel(size=logits.shape).astype(np.float32)
+    value, margin = best(logits, eps, temperature, top_k=top_k, top_p=top_p)
+    reach = 0.4999 * np.minimum(margin, 20.0)[:, None] - 1e-6
+    signs = [np.where(np.arange(6) == k, 1.0, -1.0) for k in range(6)]
+    signs += [-sign for sign in signs] + list(generator.choice([-1.0, 1.0], (40, *logits.shape)))
+    signs += list(generator.uniform(-1.0, 1.0, (20, *logits.shape)))
+    for sign in signs:
+        moved = (logits + np.maximum(reach, 0.0) * sign).astype(np.float32)
+        np.testing.assert_array_equal(best(moved, eps, temperature, top_k=top_k, top_p=top_p)[0], value)
+    # It is no idle promise: a change of a few times as much does change some.
+    changed = [best(logits + 4 * reach * sign, eps, temperature, top_k=top_k, top_p=top_p)[0] for sign in signs]
+    assert (np.stack(changed) != np.asarray(value)).any(0).mean() > 0.5
+
+
+def test_the_margin_knows_the_edge_of_what_is_kept():
+    # The third value would win and misses the two that are kept by 0.01; then the choice itself is the last one kept.
+    logits, eps = jnp.array([2.0, 1.0, 0.99]), jnp.array([0.0, 0.0, 5.0])
+    np.testing.assert_allclose(best(logits, eps, top_k=2)[1], 0.01, rtol=1e-4)
+    np.testing.assert_allclose(best(logits, jnp.array([0.0, 4.0, 0.0]), top_k=2)[1], 0.01, rtol=1e-4)
+    # Where neither is so, the edge does not matter.
+    np.testing.assert_allclose(best(logits, jnp.zeros(3), top_k=2)[1], 1.0)
+    # A nucleus of 0.7 whose first value has 0.69 of the mass: the second is in by log-odds of 0.7 less those of 0.69.
+    logits = jnp.log(jnp.array([0.69, 0.21, 0.1]))
+    value, margin = best(logits, jnp.array([0.0, 6.0, 0.0]), top_p=0.7)
+    assert value == 1
+    np.testing.assert_allclose(margin, np.log(0.7 / 0.3) - np.log(0.69 / 0.31), rtol=1e-4)
 
 
 def test_among_equal_logits_the_first_are_kept():

@@ -46,7 +46,7 @@ def pixel_by_pixel(params, config, grid, x):
             known = jax.lax.dynamic_update_slice(known, drawn, (0, row, column, channel))
         return known, cells, h
 
-    cells = incremental.cells_start(None, config, grid, batch)
+    cells = incremental.cells_start(config, grid, batch)
     start = jnp.zeros_like(x), cells, jnp.zeros((*x.shape[:3], filters))
     return jax.lax.fori_loop(0, grid.height * grid.width, pixel, start)[2]
 
@@ -62,7 +62,7 @@ def test_a_sliding_window_gives_the_rows_of_the_whole_image(config, channels, wi
     grid, batch, row_dims = Grid(16, 8, channels, 4), 3, 8 * channels
     params, generator = random_params(config, grid), np.random.default_rng(0)
     truth = random_images(grid, batch)
-    start, cache = np.zeros(batch, int), incremental.window_cache(None, config, grid, batch, window)
+    start, cache = np.zeros(batch, int), incremental.window_cache(config, grid, batch, window)
     shifts = [[0, window // 4, 1], [window // 4, 0, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]]
     for shift in shifts:
         next_start = np.minimum(start + 4 * np.array(shift), 16 - window)
@@ -84,7 +84,7 @@ def test_a_sliding_window_gives_the_rows_of_the_whole_image(config, channels, wi
 def test_a_window_of_the_whole_image_is_the_whole_image(random_params):
     grid = Grid(8, 8, 3, 4)
     params, x = random_params(CATEGORICAL, grid), random_images(grid, 2)
-    cache = incremental.window_cache(None, CATEGORICAL, grid, 2, 8)
+    cache = incremental.window_cache(CATEGORICAL, grid, 2, 8)
     h, _ = window_hidden(params, CATEGORICAL, grid, cache, x, np.zeros(2, int))
     np.testing.assert_allclose(h, hidden(params, CATEGORICAL, grid, x), atol=1e-5)
 
@@ -92,7 +92,7 @@ def test_a_window_of_the_whole_image_is_the_whole_image(random_params):
 @pytest.mark.parametrize("window", [0, 6, 20])
 def test_a_window_that_does_not_fit_the_levels_is_refused(window):
     with pytest.raises(ValueError, match=f"a multiple of 4 in 4..16, not {window}"):
-        incremental.window_cache(None, CATEGORICAL, Grid(16, 8, 3, 4), 2, window)
+        incremental.window_cache(CATEGORICAL, Grid(16, 8, 3, 4), 2, window)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_caches_of_half_precision_keep_their_type_in_a_loop(random_params):
     config, grid = NetworkConfig(resnets=1, filters=6, dtype="bfloat16"), Grid(8, 8, 3, 4)
     params, x = random_params(config, grid), random_images(grid, 2)
     jax.eval_shape(lambda: pixel_by_pixel(params, config, grid, x))  # a loop refuses a carry that changes type
-    cache = incremental.window_cache(None, config, grid, 2, 4)
+    cache = incremental.window_cache(config, grid, 2, 4)
     h, pending = jax.eval_shape(lambda: incremental.window_hidden(params, config, grid, cache, x, jnp.zeros(2, int)))
     assert h.dtype == jnp.bfloat16
     types = jax.tree.map(lambda leaf: leaf.dtype, (pending.rows, cache.rows))

@@ -105,8 +105,8 @@ def test_unknown_pixels_are_zeros_among_the_inputs():
 
 
 def test_filters_that_do_not_split_into_the_channels_are_refused():
-    with pytest.raises(InputError, match=r"forecast\.filters=5 is not divisible by the 3 channels"):
-        modules.init(jax.random.key(0), ModulesConfig(filters=5), FEATURES, GRID)
+    with pytest.raises(InputError, match=r"modules\.model\.filters=5 is not divisible by the 3 channels"):
+        modules.check(ModulesConfig(filters=5), GRID, "modules.model")
 
 
 @pytest.mark.parametrize(

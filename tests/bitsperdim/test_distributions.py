@@ -116,3 +116,21 @@ def test_categorical_log_prob_is_the_normalised_logit():
     expected = np.take_along_axis(logits, x[..., None].astype(int), -1)[..., 0] - np.log(np.exp(logits).sum(-1))
     assert distributions.categorical_log_prob(jnp.asarray(logits, jnp.bfloat16), x).dtype == jnp.float32
     np.testing.assert_allclose(distributions.categorical_log_prob(jnp.asarray(logits), x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("log_scale", [5.0, 9.0, 9.5, 14.0, 60.0, 90.0, 104.0, 200.0])
+def test_components_of_any_width_have_a_finite_mass_and_gradient(log_scale):
+    """One component about 0.3: a wide one gives every inner level 2 w / (4 s), and each edge half of all."""
+    raw = jnp.array([0.0, 0.3, log_scale])
+    log_mass = lambda raw, x: distributions.discretized_logistic_mixture_log_prob(raw, jnp.array([x]), 256)
+    for x in (0, 1, 100, 255):
+        value, gradient = jax.value_and_grad(log_mass)(raw, x)
+        edges = np.array([x - 0.5, x + 0.5]) * (2 / 255) - 1 - 0.3
+        # In double precision from tanh: sigmoid(a) - sigmoid(b) = (tanh(a / 2) - tanh(b / 2)) / 2.
+        tanh = np.tanh(edges * np.exp(-log_scale) / 2)
+        low, high = (-1.0 if x == 0 else tanh[0]), (1.0 if x == 255 else tanh[1])
+        expected = np.log((high - low) / 2) if x in (0, 255) or log_scale < 30 else np.log(2 / 255 / 4) - log_scale
+        assert value == pytest.approx(expected, rel=2e-6, abs=1e-5)
+        assert np.isfinite(gradient).all()
+        if x not in (0, 255):
+            assert gradient[2] == pytest.approx(-1.0, abs=2e-3)
