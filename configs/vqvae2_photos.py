@@ -3,7 +3,8 @@
     python train.py --config=configs/vqvae2_photos.py
 
 Meant for: two CPU cores, about three and a half minutes; the first thing to run.
-Reach: on the 1,400 held-out crops, MSE at most 5% of their variance with at least 80% of each codebook in use.
+Reach: on the 1,400 held-out crops, MSE at most 5% of their variance, with every level in use: at most 12% from the top
+codes alone, and at least twice the error without them (`mse_without_bottom`, `mse_without_top`).
 Variants: tiny (seconds; for tests).
 """
 
@@ -20,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "data": {"source": "photos", "image_size": 32},
             "mesh": {"data": -1, "fsdp": 1},
             "autoencoder": {
-                "model": {"hidden": 64, "residual": 32, "code_dim": 32, "num_codes": 512, "flip": True},
+                "model": {"hidden": 64, "residual": 32, "code_dim": 32, "num_codes": 512, "flip": True} | _short(),
                 "optim": _adam(),
                 "train": _train(steps=900),
             },
@@ -34,6 +35,13 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     return _tiny(config) if variant == "tiny" else config
+
+
+def _short() -> dict:
+    # In so few steps the bottom's 64 codes, nearer to the image, learn all that the decoder looks at; commitment then
+    # pulls the top's vectors to one point. Images without bottom codes keep the top in use (`mse_without_top`), and
+    # averages over ten batches instead of a hundred follow an encoder that moves this fast.
+    return {"level_dropout": 0.1, "codebook_decay": 0.9}
 
 
 def _adam() -> dict:

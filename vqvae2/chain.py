@@ -19,7 +19,7 @@ from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
-from vqvae2 import autoencoder_stage, codes, comparison, facts, sampling
+from vqvae2 import autoencoder_stage, codes, comparison, facts, latents, sampling
 from vqvae2.autoencoder import level_names
 from vqvae2.conditioning import Conditioner, ConditioningStack
 from vqvae2.config import ConditionedPriorConfig
@@ -62,6 +62,8 @@ def network(run: Run, name: str) -> Prior:
         num_classes=about.num_classes if config.class_conditional else 0,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
+        channels=sum(run.config.autoencoder.model.cell),
+        mixtures=config.mixtures,
     )
     if not isinstance(config, ConditionedPriorConfig):
         return Prior(pixel_snail)
@@ -98,7 +100,9 @@ def draw(run: Run, name: str, sampler: str = "cached", top_k: int = 0, top_p: fl
     'cached' evaluates each cell once, 'fixed_point' whole grids as often as forecasts fail, 'ancestral' the whole grid
     for each cell: the same codes.
     """
-    net, (height, width) = network(run, name), grids(run)[name]
+    net, (height, width), cell = network(run, name), grids(run)[name], run.config.autoencoder.model.cell
+    if cell and (sampler == "fixed_point" or top_k or top_p < 1.0):
+        raise InputError("latents without a quantiser are sampled by 'cached' or 'ancestral', without top_k and top_p")
 
     @jax.jit
     def sample(
@@ -117,7 +121,10 @@ def draw(run: Run, name: str, sampler: str = "cached", top_k: int = 0, top_p: fl
             size = height, width, net.network.num_codes
             logits = lambda grid, context: net.apply(variables, grid, *context, method="logits")
             return sampling.sample_codes_predictively(logits, keys, (condition, label), size, **options)  # pyright: ignore
-        noise, shape = sampling.gumbel_noise(keys, net.network.num_codes), (len(keys), height, width)
+        noise, shape = sampling.gumbel_noise(keys, net.network.num_codes), (len(keys), height, width, *cell)
+        if cell:
+            noise = latents.uniforms(keys, net.network.mixtures, net.network.channels)
+            options["choose"] = latents.choose(net.network.num_codes)
         calls = jnp.full(len(keys), height * width)
         if sampler == "ancestral":
             logits = lambda grid: net.apply(variables, grid, condition, label, method="logits")

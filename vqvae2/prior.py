@@ -20,8 +20,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from bitsperdim import rng
 from bitsperdim.causal import ROWS, CausalConv, Cell, attention_weights, shift_down, shift_right, strictly_before
 from bitsperdim.convolution import Conv
+from bitsperdim.distributions import mixture_outputs
 from vqvae2.conditioning import Conditioner
-from vqvae2.embedding import Embedding
+from vqvae2.embedding import Embedding, Projection
 
 ATTENDED = "attended"  # the collection of keys and values
 KEPT = (ROWS, ATTENDED)
@@ -235,11 +236,13 @@ class PixelSnail(nn.Module):
     num_classes: int = 0
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    channels: int = 0  # D > 0: a cell holds D levels of num_codes each, and the outputs are those of a mixture
+    mixtures: int = 10  # its components
 
     @nn.compact
     def __call__(
         self,
-        codes: Int[Array, "b h w"],
+        codes: Int[Array, "b h w"] | Int[Array, "b h w d"],
         conditioning: Float[Array, "b h w u"] | None = None,
         label: Int[Array, " b"] | None = None,
         keys: Key[Array, " b"] | None = None,
@@ -252,7 +255,8 @@ class PixelSnail(nn.Module):
         gated = nn.remat(GatedResidual) if self.remat and cell is None else GatedResidual
         layer = functools.partial(gated, self.residual, self.kernel, num_classes=self.num_classes, **shared)
         attention = functools.partial(CausalAttention, self.attention_heads, self.attention_features, **shared)
-        embed = Embedding(self.num_codes, self.embedding, self.dtype, name="embedding")
+        embedding = Projection if self.channels else Embedding
+        embed = embedding(self.num_codes, self.embedding, self.dtype, name="embedding")
         stem = Stem(self.hidden, self.dtype, name="stem")
         if cell is None:
             embedded = embed(codes)
@@ -260,9 +264,11 @@ class PixelSnail(nn.Module):
         else:
             around = _around(codes, cell)
             # Index -1, outside of the grid, is embedded as zero.
-            x = stem.at_cell(embed(around), around >= 0)
+            x = stem.at_cell(embed(around), (around >= 0).reshape(len(codes), 2, 3, -1)[..., 0])
             before = jnp.maximum(cell.position - 1, 0)
-            embedded = embed(jax.lax.dynamic_slice_in_dim(codes.reshape(len(codes), -1, 1), before, 1, 1))
+            embedded = embed(
+                jax.lax.dynamic_slice_in_dim(codes.reshape(len(codes), -1, 1, *codes.shape[3:]), before, 1, 1)
+            )
         at_cell = {} if cell is None else {"cell": cell}  # nn.remat takes arrays only
         for i in range(self.layers):
             x = layer(name=f"layer_{i}")(x, conditioning=conditioning, label=label, keys=keys, **at_cell)
@@ -270,13 +276,16 @@ class PixelSnail(nn.Module):
                 x = attention(name=f"attention_{i // self.attention_every}")(x, embedded, keys, cell)
         for i in range(self.output_layers):
             x = OutputBlock(self.residual, **shared, name=f"output_{i}")(x, keys)
-        return Conv(self.num_codes, (1, 1), name="head")(nn.elu(x).astype(jnp.float32))
+        outputs = mixture_outputs(self.channels, self.mixtures) if self.channels else self.num_codes
+        return Conv(outputs, (1, 1), name="head")(nn.elu(x).astype(jnp.float32))
 
 
-def _around(codes: Int[Array, "b h w"], cell: Cell) -> Int[Array, "b 2 3"]:
+def _around(codes: Int[Array, "b h w ..."], cell: Cell) -> Int[Array, "b 2 3 ..."]:
     """Rows i-1 ... i and columns j-1 ... j+1; -1 beyond the edges."""
-    padded = jnp.pad(codes, ((0, 0), (1, 0), (1, 1)), constant_values=-1)
-    return jax.lax.dynamic_slice(padded, (0, cell.row, cell.column), (len(codes), 2, 3))
+    rest = codes.shape[3:]
+    padded = jnp.pad(codes, ((0, 0), (1, 0), (1, 1), *[(0, 0)] * len(rest)), constant_values=-1)
+    start = (0, cell.row, cell.column, *[0] * len(rest))
+    return jax.lax.dynamic_slice(padded, start, (len(codes), 2, 3, *rest))
 
 
 class Prior(nn.Module):

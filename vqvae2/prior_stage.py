@@ -19,7 +19,7 @@ from jaxtyping import Array, Key, PyTree
 from bitsperdim import batch_norm, images, rng
 from bitsperdim.model import Aux, Batch, Model, Pictures, Stage
 from bitsperdim.run import Run
-from vqvae2 import autoencoder_stage, chain, codes, facts
+from vqvae2 import autoencoder_stage, chain, codes, facts, latents
 from vqvae2.config import Config
 from vqvae2.prior import nll
 
@@ -41,12 +41,15 @@ def stage(config: Config, level: str) -> Stage:
 
 
 def make(run: Run, name: str) -> Model:
-    """L = -log p(codes | codes above, class) / (h w), in nats per code; BatchNorm's running moments are in `extra`."""
+    """L = -log p(codes | codes above, class) / (h w), in nats per code, that is per cell of the grid.
+
+    BatchNorm's running moments are in `extra`.
+    """
     net, grids, config = chain.network(run, name), chain.grids(run), run.config.prior(name).model
-    height, width = grids[name]
+    (height, width), autoencoder = grids[name], run.config.autoencoder.model
 
     def init(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
-        empty = {level: jnp.zeros((1, *grid), jnp.int32) for level, grid in grids.items()}
+        empty = {level: jnp.zeros((1, *grid, *autoencoder.cell), jnp.int32) for level, grid in grids.items()}
         label = jnp.zeros(1, jnp.int32)
         variables = net.init(key, empty[name], chain.upper(run, name, empty), label)
         return variables["params"], {"batch_stats": variables.get("batch_stats", {})}
@@ -55,7 +58,8 @@ def make(run: Run, name: str) -> Model:
         return batch[name], chain.upper(run, name, batch), batch["label"] if config.class_conditional else None
 
     def parts(logits: Array, batch: Batch) -> dict[str, Array]:
-        return {"nats_per_code": nll(logits, batch[name]) / (height * width)}
+        nats = latents.nll(logits, batch[name], autoencoder.num_codes) if autoencoder.cell else nll(logits, batch[name])
+        return {"nats_per_code": nats / (height * width)}
 
     def loss(params: PyTree, extra: PyTree, batch: Batch, key: Array, step: Array) -> tuple[Array, Aux]:
         keys = rng.per_example(rng.for_purpose(key, "dropout"), batch["position"])
@@ -115,7 +119,8 @@ def _lower_pictures(run: Run, mesh: Mesh, level: str) -> Pictures:
     def pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
         above = tuple(map(jnp.asarray, chain.upper(run, level, batch)))
         sampled, _ = draw(params, extra, _keys(key), above, _labels(run, batch, level), jnp.float32(1.0))
-        pairs = images.pairs(reconstructed, decode(given | {level: sampled}), levels=facts.of_run(run).levels)
+        labels, shown = ("true codes", f"{level} drawn"), decode(given | {level: sampled})
+        pairs = images.pairs(reconstructed, shown, levels=facts.of_run(run).levels, labels=labels)
         return {f"samples_given_{coarser[-1]}": pairs}
 
     return pictures

@@ -33,46 +33,51 @@ def _at(keys: Key[Array, " b"], position: Int[Array, ""]) -> Key[Array, " b"]:
 def sample_codes(
     logits_fn: Callable[[Int[Array, "b h w"]], Float[Array, "b h w k"]],
     noise: Callable[[Int[Array, ""]], Float[Array, "b k"]],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     temperature: Float[Array, ""] | float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    choose: Callable[..., Array] | None = None,
 ) -> Int[Array, "b h w"]:
     """code_p = argmax_k (logits_k + T g_k), a draw from softmax(logits / T) with Gumbel noise g, for p in raster order.
 
     T = 0 is the greedy grid. `top_k` and `top_p` restrict the values first (`gumbel.restrict`). `shape` is (batch,
-    height, width). One compiled loop with static shapes, h w forward passes; call it under `jit` to trace it once.
+    height, width), and what a cell holds where that is more than a code: then `choose`, called as `_choose` is, draws
+    it. One compiled loop with static shapes, h w forward passes; call it under `jit` to trace it once.
     """
-    batch, height, width = shape
+    batch, height, width, *rest = shape
+    choose = choose or _choose
 
     def draw(position: Int[Array, ""], flat: Int[Array, "b p"]) -> Int[Array, "b p"]:
         logits = logits_fn(flat.reshape(shape)).reshape(batch, height * width, -1)[:, position]
-        return flat.at[:, position].set(_choose(logits, noise(position), temperature, top_k, top_p))
+        return flat.at[:, position].set(choose(logits, noise(position), temperature, top_k, top_p))
 
-    flat = jax.lax.fori_loop(0, height * width, draw, jnp.zeros((batch, height * width), jnp.int32))
+    flat = jax.lax.fori_loop(0, height * width, draw, jnp.zeros((batch, height * width, *rest), jnp.int32))
     return flat.reshape(shape)
 
 
 def sample_codes_cached(
     cell_fn: Callable[[Int[Array, "b h w"], Cell, PyTree], tuple[Float[Array, "b k"], PyTree]],
     noise: Callable[[Int[Array, ""]], Float[Array, "b k"]],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     temperature: Float[Array, ""] | float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    choose: Callable[..., Array] | None = None,
 ) -> Int[Array, "b h w"]:
     """As `sample_codes`, from `cell_fn(codes, cell, kept) -> logits of that cell, kept`.
 
     `kept` are the collections of a network that evaluates cells (`Prior.cell_logits`), {} to make them.
     """
-    _, height, width = shape
+    _, height, width, *rest = shape
+    choose = choose or _choose
 
     def draw(column: Int[Array, ""], carry: tuple, row: Int[Array, ""]) -> tuple:
         codes, kept = carry
         cell = Cell(row, column, height, width)
         logits, kept = cell_fn(codes, cell, kept)
-        code = _choose(logits, noise(cell.position), temperature, top_k, top_p)
-        return jax.lax.dynamic_update_slice(codes, code[:, None, None], (0, row, column)), kept
+        code = choose(logits, noise(cell.position), temperature, top_k, top_p)
+        return jax.lax.dynamic_update_slice(codes, code[:, None, None], (0, row, column, *[0] * len(rest))), kept
 
     def draw_row(row: Int[Array, ""], carry: tuple) -> tuple:
         codes, kept = carry

@@ -24,4 +24,6 @@ def report(config: Config, measured: dict[str, Any]) -> dict[str, Any]:
     figures: dict[str, Any] = {name: distortion[name] for name in names if name in distortion}
     if len(levels) == len(config.levels):
         figures["rate_bits_per_image"] = sum(measured[name]["rate_bits_per_image"] for name in levels)
+    if config.autoencoder.model.quantizer == "none":
+        figures["bins_per_channel"] = config.autoencoder.model.num_codes  # the rate is that of this many
     return figures | {f"nats_per_code_{name}": measured[name]["nats_per_code"] for name in levels}
