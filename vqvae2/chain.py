@@ -28,6 +28,7 @@ from vqvae2.prior import KEPT, PixelSnail, Prior
 Draw = Callable[..., tuple[Int[Array, "b h w"], Int[Array, " b"]]]
 PerLevel = float | Mapping[str, float]
 SAMPLERS = ("cached", "fixed_point", "ancestral")
+PIXELS = "pixels"  # the stage below all levels, whose cells are pixels
 BATCH = 64  # samples drawn at once
 
 
@@ -45,7 +46,7 @@ def network(run: Run, name: str) -> Prior:
             f"{name}.model.class_conditional=True, but the images have no labels; set it to False, or use images with "
             "labels (of a folder with sub-folders: data.labels=True)"
         )
-    num_codes = run.config.autoencoder.model.num_codes
+    num_codes, cell = values(run, name)
     pixel_snail = PixelSnail(
         num_codes=num_codes,
         embedding=config.embedding,
@@ -62,14 +63,14 @@ def network(run: Run, name: str) -> Prior:
         num_classes=about.num_classes if config.class_conditional else 0,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
-        channels=sum(run.config.autoencoder.model.cell),
+        channels=sum(cell),
         mixtures=config.mixtures,
     )
     if not isinstance(config, ConditionedPriorConfig):
         return Prior(pixel_snail)
     shape = config.conditioning
     stack = ConditioningStack(shape.blocks, shape.widths, shape.bottlenecks, shape.norm, jnp.dtype(config.dtype))
-    grid = grids(run)
+    grid = shapes(run)
     height, width = grid[_above(run, name)]
     halvings = len(shape.widths) - 1
     if height % 2**halvings or width % 2**halvings:
@@ -77,8 +78,9 @@ def network(run: Run, name: str) -> Prior:
             f"{name}.model.conditioning.widths={shape.widths} halves the {height}x{width} grid of "
             f"'{_above(run, name)}' {halvings} times, which does not divide it; give fewer widths"
         )
+    codes_above = run.config.autoencoder.model.num_codes
     octaves = (grid[name][0] // grid[_above(run, name)][0]).bit_length() - 1
-    return Prior(pixel_snail, Conditioner(num_codes, config.embedding, stack, octaves, jnp.dtype(config.dtype)))
+    return Prior(pixel_snail, Conditioner(codes_above, config.embedding, stack, octaves, jnp.dtype(config.dtype)))
 
 
 def grids(run: Run) -> dict[str, tuple[int, int]]:
@@ -87,9 +89,21 @@ def grids(run: Run) -> dict[str, tuple[int, int]]:
     return facts.of_run(run).grids(strides, level_names(len(strides)))
 
 
+def shapes(run: Run) -> dict[str, tuple[int, int]]:
+    """The grids of every level, and that of the pixels below them."""
+    height, width, _ = facts.of_run(run).shape
+    return grids(run) | {PIXELS: (height, width)}
+
+
+def values(run: Run, name: str) -> tuple[int, tuple[int, ...]]:
+    """How many values there are, and how many of them a cell holds: () one code, (d,) several channels."""
+    about, model = facts.of_run(run), run.config.autoencoder.model
+    return (about.levels, about.shape[-1:]) if name == PIXELS else (model.num_codes, model.cell)
+
+
 def upper(run: Run, name: str, batch: dict[str, Any]) -> tuple[Any, ...]:
     """The codes above level `name`, coarsest first."""
-    levels = list(grids(run))
+    levels = list(shapes(run))
     return tuple(batch[level] for level in levels[: levels.index(name)])
 
 
@@ -100,9 +114,11 @@ def draw(run: Run, name: str, sampler: str = "cached", top_k: int = 0, top_p: fl
     'cached' evaluates each cell once, 'fixed_point' whole grids as often as forecasts fail, 'ancestral' the whole grid
     for each cell: the same codes.
     """
-    net, (height, width), cell = network(run, name), grids(run)[name], run.config.autoencoder.model.cell
+    net, (height, width), (_, cell) = network(run, name), shapes(run)[name], values(run, name)
     if cell and (sampler == "fixed_point" or top_k or top_p < 1.0):
-        raise InputError("latents without a quantiser are sampled by 'cached' or 'ancestral', without top_k and top_p")
+        raise InputError(
+            "latents without a quantiser, and pixels, are sampled by 'cached' or 'ancestral', without top_k and top_p"
+        )
 
     @jax.jit
     def sample(
@@ -272,4 +288,5 @@ def _labels(run: Run, count: int, label: int | None) -> Array | None:
 
 def _above(run: Run, name: str) -> str:
     """The next coarser level."""
-    return run.config.levels[run.config.levels.index(name) - 1]
+    names = [*run.config.levels, PIXELS]
+    return names[names.index(name) - 1]

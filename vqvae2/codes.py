@@ -25,7 +25,8 @@ SPLITS = extracted.SPLITS
 
 
 def _extraction(run: Run) -> extracted.Extraction:
-    return extracted.Extraction("codes", of="autoencoder", then=run.config.levels)
+    pixels = ("pixels",) if run.config.pixels else ()
+    return extracted.Extraction("codes", of="autoencoder", then=run.config.levels + pixels)
 
 
 def stage() -> Stage:

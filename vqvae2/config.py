@@ -209,6 +209,8 @@ class Config:
     top: TopStageConfig
     middle: LowerStageConfig | None = None  # of every level between top and bottom, each trained by itself
     bottom: LowerStageConfig | None = None
+    # Optional: a PixelCNN decoder p(image | codes), for a bound on the likelihood of the image (supplement, section E).
+    pixels: LowerStageConfig | None = None
 
     def __post_init__(self) -> None:
         sections = {name.split("_")[0] for name in self.levels}
@@ -220,6 +222,8 @@ class Config:
                     f"{self.autoencoder.model.strides} makes the levels {', '.join(self.levels)}, "
                     f"not {'a section' if given else 'None'}"
                 )
+        if self.pixels is not None and self.autoencoder.model.quantizer == "none":
+            raise ValueError("pixels must be None where autoencoder.model.quantizer is 'none': there are no codes")
 
     @property
     def levels(self) -> tuple[str, ...]:

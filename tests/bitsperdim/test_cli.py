@@ -101,7 +101,7 @@ def test_training_refuses_in_one_message_and_leaves_no_folder(refusal, flags, me
         (["--config="], "--config is missing"),
         (["--config=vqvae2_foto"], "there is no config 'vqvae2_foto'; known are "),
         (["--config=none.py"], "there is no config 'none.py'"),
-        (["--config=vqvae2_photos:tinny"], "--config=vqvae2_photos:tinny: no variant 'tinny'; there is tiny"),
+        (["--config=vqvae2_photos:tinny"], "--config=vqvae2_photos:tinny: no variant 'tinny'; there are tiny"),
         (["--config=broken.py"], "broken.py could not be loaded: ZeroDivisionError: division by zero"),
         (["--config=syntax.py"], "syntax.py could not be loaded: SyntaxError"),
         (["--config=empty.py"], "empty.py could not be loaded: AttributeError"),

@@ -175,7 +175,7 @@ def test_a_run_of_latents_samples_and_refuses_what_is_for_codes(run):
     cached, ancestral = (loaded.draw(jax.random.key(0), 2, sampler=name)[0] for name in ("cached", "ancestral"))
     np.testing.assert_array_equal(cached, ancestral)
     for options in ({"sampler": "fixed_point"}, {"top_k": 3}, {"top_p": 0.5}):
-        with pytest.raises(InputError, match="sampled by 'cached' or 'ancestral', without top_k and top_p"):
+        with pytest.raises(InputError, match="are sampled by 'cached' or 'ancestral', without top_k and top_p"):
             loaded.draw(jax.random.key(0), 2, **options)
 
 
