@@ -64,6 +64,7 @@ def case(workdir: str) -> dict[str, Any]:
         "run": run.workdir.name,
         "split": measured["split"],
         "images": about["images"],
+        "data": _images_of(run),
         "num_codes": num_codes,
         "cells": sum(height * width for height, width in grids.values()),
         "bits_uniform": sum(uniform.values()),
@@ -75,11 +76,19 @@ def case(workdir: str) -> dict[str, Any]:
     }
 
 
+def _images_of(run: run_lib.Run) -> str:
+    """What tells the run's held-out images from others: name or, of a folder, fingerprint; shape and levels."""
+    about = facts.of_run(run)
+    path = run.folder("autoencoder") / "sources.json"
+    source = run_lib.read_json(path, {"evaluation": dict})["evaluation"] if path.exists() else {}
+    name = source.get("fingerprint") or source.get("name") or run.config.data.source
+    return f"{name}, {'x'.join(map(str, about.shape))}, {about.levels} levels"
+
+
 def check_comparable(cases: list[dict[str, Any]]) -> None:
-    """Raises InputError where the runs were not evaluated on as many images of the same split."""
-    splits = {(figures["split"], figures["images"]) for figures in cases}
-    if len(splits) > 1:
-        lines = (f"{figures['run']}: {figures['images']} images of {figures['split']}" for figures in cases)
+    """Raises InputError where the runs were not evaluated on the same images."""
+    if len({(figures["split"], figures["images"], figures["data"]) for figures in cases}) > 1:
+        lines = (f"{figures['run']}: {figures['images']} images of {figures['data']}" for figures in cases)
         raise InputError(f"these runs were evaluated on different images ({'; '.join(lines)}); evaluate them alike")
 
 

@@ -29,7 +29,7 @@ class ColourConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "brightness", "hue", "saturation", "contrast", "noise", "noise_probability")
-        for key in ("hue", "saturation", "contrast", "noise_probability"):
+        for key in ("brightness", "hue", "saturation", "contrast", "noise_probability"):
             if getattr(self, key) > 1:
                 raise ValueError(f"{key} must be at most 1, not {getattr(self, key)}")
 

@@ -27,6 +27,7 @@ from bitsperdim import (
     adopt,
     atomic,
     data,
+    evaluation,
     flag_values,
     images,
     metrics,
@@ -77,7 +78,9 @@ def evaluate() -> None:
 
       --split=evaluation        or train; test of a folder with data.test_fraction; any split of a TFDS data set.
                                 Codes are kept of train and evaluation: stages on codes are left out on the others
-      --out=FOLDER              for evaluation.json; default the run's folder
+                                Another split than evaluation is written to evaluation-SPLIT.json; once there is
+                                evaluation-train.json too, both are shown side by side
+      --out=FOLDER              for these files; default the run's folder
       --config.data.KEY=FOLDER  where the data are now; KEY is path, evaluation_path, data_dir or cache_dir
       --traceback               show where an error comes from
     """
@@ -97,6 +100,7 @@ def sample() -> None:
       --temperature=1.0         of the noise; 0 is greedy. By level too, as top_k and top_p: top=0.9,bottom=1
       --label=CLASS             one class; default: all classes in turn
       --accept_top=SHARE        draws num / SHARE, keeps the best SHARE of each class; 1,0.5,0.05: a grid for each
+      --candidates=N            draws N instead, so that the shares are of a larger pool
       --scorer=MODULE:FUNCTION  the scores for it: (images, labels or None) -> [n], higher is better
       --nearest=K               also nearest.png: each sample beside the K training images nearest in pixel space
       --features=MODULE:FUNCTION  nearest in this space instead: images -> numbers [n, ...]
@@ -151,9 +155,12 @@ def _evaluate(argv: list[str]) -> None:
     run, folder = _parse_and_open(values, argv)
     measured = trainer.evaluate(run, values.split)
     print(metrics.table(list(config_lib.flatten(measured)), ("figure", "value")))
+    path = folder / evaluation.file_name(values.split)
     with _writing_to(folder):
-        run_lib.write_json(folder / "evaluation.json", measured)
-    print(f"written to {folder / 'evaluation.json'}")
+        run_lib.write_json(path, measured)
+    if rows := evaluation.side_by_side(folder):
+        print(metrics.table(rows, ("figure", *evaluation.COMPARED, "difference")))
+    print(f"written to {path}")
 
 
 def _sample(argv: list[str]) -> None:
@@ -166,6 +173,7 @@ def _sample(argv: list[str]) -> None:
     flags.DEFINE_boolean("compare_samplers", False, "Measure every sampler.", flag_values=values)
     flags.DEFINE_integer("label", None, "Class to sample.", flag_values=values)
     flags.DEFINE_integer("batch_size", None, "Images drawn at once.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("candidates", None, "Samples to choose from.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("nearest", None, "Nearest training images.", lower_bound=1, flag_values=values)
     # Their values are read by `flag_values`.
     for name in ("temperature", "top_k", "top_p", "sampler", "given", "accept_top", "scorer", "features"):
@@ -187,9 +195,11 @@ def _sample(argv: list[str]) -> None:
         pictures, about = loaded.draw(jax.random.key(values.seed), values.num, **options)
         grids, record = {}, None
     else:
-        pictures, about, grids, record = _best_of(values, loaded, options, shares, scorer)
+        given = values.seed, values.num, shares, values.candidates, options, run_lib.stream()
+        pictures, about, grids, record = rejection.draw_best(loaded.draw, scorer, *given)
     seconds = time.perf_counter() - start
     chosen = {"given": values.given} if values.given else {}
+    chosen |= {"scorer": values.scorer} if values.scorer else {}
     about = {"num": values.num, "seed": values.seed, **options, **chosen, **about}
     by_image = {name: about.pop(name) for name in list(about) if isinstance(about[name], np.ndarray)}
     with _writing_to(folder):
@@ -200,7 +210,7 @@ def _sample(argv: list[str]) -> None:
             np.save(file, pictures)
         run_lib.write_json(folder / "sampling.json", about | {"seconds_with_compilation": round(seconds, 3)})
         if record is not None:
-            run_lib.write_json(folder / "rejection.json", record)
+            run_lib.write_json(folder / "rejection.json", {"scorer": values.scorer, **record})
         elif by_image:
             with (folder / "sampling.npz").open("wb") as file:
                 np.savez_compressed(file, **by_image)
@@ -213,23 +223,12 @@ def _given_functions(values: flags.FlagValues) -> tuple[Callable | None, Callabl
     """The scorer of --accept_top and the features of --nearest, where they are given."""
     if bool(values.scorer) != bool(values.accept_top):
         raise InputError("--accept_top=SHARE and --scorer=MODULE:FUNCTION need each other")
+    if values.candidates and not values.accept_top:
+        raise InputError("--candidates=N needs --accept_top=SHARE, for without it every sample is kept")
     if values.features and not values.nearest:
         raise InputError("--features needs --nearest=K, the number of images to look for")
     scorer = flag_values.function("scorer", values.scorer) if values.scorer else None
     return scorer, flag_values.function("features", values.features) if values.features else None
-
-
-def _best_of(
-    values: flags.FlagValues, loaded: Loaded, options: dict[str, Any], shares: tuple[float, ...], scorer: Callable
-) -> tuple[np.ndarray, dict[str, Any], dict[str, np.ndarray], dict[str, Any]]:
-    """Samples of the smallest share, what is to be known of a round, grids by name, and the record of all scores."""
-    rounds = rejection.num_rounds(shares[-1])
-    progress = metrics.counting("candidates", rounds * values.num, run_lib.stream())
-    drawn = rejection.candidates(loaded.draw, scorer, values.seed, values.num, rounds, options, progress)
-    grids = {f"samples_top_{share:g}": rejection.best(drawn, share) for share in shares}
-    about = {"accept_top": shares, "scorer": values.scorer, "rounds": rounds}
-    record = {"scorer": values.scorer, **rejection.record(drawn, shares)}
-    return grids[f"samples_top_{shares[-1]:g}"], about | drawn.about, grids, record
 
 
 def _nearest(
@@ -290,14 +289,18 @@ def find_config(name: str) -> pathlib.Path:
 
 def load_config(name: str) -> ConfigDict:
     """`NAME[:variant]` as the ConfigDict that its `get_config` makes. Runs the file."""
-    name, _, variant = name.partition(":")
-    path = find_config(name)
+    file, _, variant = name.partition(":")
+    path = find_config(file)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         values = module.get_config(variant)
+    except InputError:
+        raise
+    except ValueError as error:  # what a config says of a variant that it does not have
+        raise InputError(f"--config={name}: {error}") from error
     except Exception as error:
         raise InputError(f"{path} could not be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(values, ConfigDict):

@@ -36,29 +36,34 @@ class LogisticMixture(NamedTuple):
     log_weights: Float[Array, "... m"]
     means: Float[Array, "... c m"]
     log_scales: Float[Array, "... c m"]
-    coefs: dict[tuple[int, int], Float[Array, "... m"]]
+    coefs: Float[Array, "... p m"]  # of the pairs (c, c') = (1, 0), (2, 0), (2, 1), (3, 0), ...
+
+
+def mixture_outputs(channels: int, mixtures: int) -> int:
+    """How many outputs of a network make a mixture: M (1 + 2 C + C (C - 1) / 2)."""
+    return mixtures * (1 + 2 * channels + channels * (channels - 1) // 2)
 
 
 def logistic_mixture(raw: Float[Array, "... o"], channels: int) -> LogisticMixture:
-    """The mixture from a network's outputs, of 3 M (one channel) or 10 M (three channels), in float32.
+    """The mixture from `mixture_outputs` outputs of a network, in float32.
 
-    [M logits] and for each channel [M means, M log-scales (at least -7)] and, of three, M coefficients (tanh): green
-    from red stand with red, blue from red with green, blue from green with blue.
+    [M logits] and for each channel [M means, M log-scales (at least -7)] and, of three channels, M coefficients (tanh):
+    green from red stand with red, blue from red with green, blue from green with blue. Of any other number of channels
+    all coefficients stand at the end.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"a mixture of logistics takes 1 or 3 channels, not {channels}")
-    kinds = 2 if channels == 1 else 3
-    mixtures, rest = divmod(raw.shape[-1], 1 + kinds * channels)
-    if rest:
-        raise ValueError(f"{raw.shape[-1]} outputs do not divide into {1 + kinds * channels} for each component")
+    mixtures, rest = divmod(raw.shape[-1], mixture_outputs(channels, 1))
+    if rest or not mixtures:
+        raise ValueError(
+            f"{raw.shape[-1]} outputs do not divide into {mixture_outputs(channels, 1)} for each component"
+        )
     raw = raw.astype(jnp.float32)
-    by_channel = raw[..., mixtures:].reshape(*raw.shape[:-1], channels, kinds, mixtures)
-    coefs = {}
-    if channels == 3:
-        tanh = jnp.tanh(by_channel[..., 2, :])
-        coefs = {pair: tanh[..., i, :] for i, pair in enumerate([(1, 0), (2, 0), (2, 1)])}
+    kinds = 3 if channels == 3 else 2
+    end = mixtures * (1 + kinds * channels)
+    by_channel = raw[..., mixtures:end].reshape(*raw.shape[:-1], channels, kinds, mixtures)
+    last = by_channel[..., 2, :] if channels == 3 else raw[..., end:].reshape(*raw.shape[:-1], -1, mixtures)
     log_scales = jnp.maximum(by_channel[..., 1, :], MIN_LOG_SCALE)
-    return LogisticMixture(jax.nn.log_softmax(raw[..., :mixtures]), by_channel[..., 0, :], log_scales, coefs)
+    log_weights = jax.nn.log_softmax(raw[..., :mixtures])
+    return LogisticMixture(log_weights, by_channel[..., 0, :], log_scales, jnp.tanh(last))
 
 
 def discretized_logistic_mixture_log_prob(
@@ -122,8 +127,11 @@ def value_to_level(values: Float[Array, "..."], levels: int) -> Int[Array, "..."
 
 def _mean(mixture: LogisticMixture, values: Float[Array, "... c"], channel: int) -> Float[Array, "... m"]:
     """The components' means of one channel given the channels before it."""
-    earlier = [mixture.coefs[channel, c] * values[..., c, None] for c in range(channel)]
-    return mixture.means[..., channel, :] + sum(earlier)
+    if not channel:
+        return mixture.means[..., 0, :]
+    first = channel * (channel - 1) // 2
+    coefs = mixture.coefs[..., first : first + channel, :]
+    return mixture.means[..., channel, :] + (coefs * values[..., :channel, None]).sum(-2)
 
 
 def _component_log_probs(

@@ -1,16 +1,24 @@
-"""The figures of a model over every image of a split, each counted once, whatever the batch, devices or hosts."""
+"""The figures of a model over every image of a split, each counted once, whatever the batch, devices or hosts.
 
+A run keeps those of every split that was measured, each in a file of its own.
+"""
+
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, PyTree
 
 from bitsperdim import data, sharding
+from bitsperdim import run as run_lib
 from bitsperdim.likelihood import Means
 from bitsperdim.model import Batch, Model
+
+COMPARED = ("train", "evaluation")  # the splits whose difference shows how much was learned by heart
 
 
 def compiled(model: Model, mesh: Mesh) -> Callable[[PyTree, PyTree, Batch, Array], Any]:
@@ -57,3 +65,25 @@ def figure_names(model: Model, params: PyTree, extra: PyTree, source: data.Sourc
     with np.errstate(all="ignore"):
         summary = model.summarize(means, jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5), aux.tallies))
     return ["images", *summary, *(f"{name}_standard_error" for name in means if name in summary)]
+
+
+def file_name(split: str) -> str:
+    """Of the figures of a split: evaluation.json for the default one, evaluation-SPLIT.json for others."""
+    return "evaluation.json" if split == "evaluation" else f"evaluation-{re.sub(r'[^A-Za-z0-9_.+-]', '_', split)}.json"
+
+
+def side_by_side(folder: epath.Path) -> list[tuple[str, float, float, float]]:
+    """(name, training images, held-out images, difference) of the figures of a run; [] unless both were measured.
+
+    Those of stages that have been trained further since are not compared: the same steps must stand in both files.
+    """
+    paths = [folder / file_name(split) for split in COMPARED]
+    if not all(path.exists() for path in paths):
+        return []
+    train, held_out = (run_lib.read_json(path) for path in paths)
+    steps = lambda measured: {name: value["step"] for name, value in measured.items() if isinstance(value, dict)}
+    if steps(train) != steps(held_out):
+        return []
+    is_figure = lambda value: isinstance(value, float)
+    names = [name for name in held_out if is_figure(held_out[name]) and is_figure(train.get(name))]
+    return [(name, train[name], held_out[name], held_out[name] - train[name]) for name in names]

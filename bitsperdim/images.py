@@ -5,9 +5,12 @@ Not here: plots of curves, and how an image becomes model input or model output 
 
 import io
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 from etils import epath
 from jaxtyping import UInt8
 
@@ -15,6 +18,7 @@ from bitsperdim import atomic
 
 SEPARATOR = 2  # pixels between tiles, after enlarging
 GREY = 128  # of separators and empty places: seen beside black and beside white
+WHITE, MARGIN = 255, 3  # of labels: the ground, and pixels around the text
 TILE = 96  # pixels, the size that small images are brought near to
 
 
@@ -37,8 +41,12 @@ def pairs(
     reconstructions: UInt8[np.ndarray, "n h w c"],
     columns: int = 8,
     levels: int = 256,
+    labels: tuple[str, str] | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """A grid of alternating rows: originals, below them their reconstructions. Otherwise as `grid`."""
+    """A grid of alternating rows: originals, below them their reconstructions. Otherwise as `grid`.
+
+    `labels`: what is written beside the rows of either kind.
+    """
     if originals.shape != reconstructions.shape:
         raise ValueError(f"originals {originals.shape} and reconstructions {reconstructions.shape} differ in shape")
     _check(originals, levels)
@@ -47,7 +55,41 @@ def pairs(
     rows = [_fill_rows(_enlarge(_to_rgb(images, levels)), columns) for images in (originals, reconstructions)]
     # [pair, row, column, h, w, 3] -> row, pair, column, so that a row of originals is followed by its reconstructions.
     alternating = np.stack(rows).reshape(2, -1, columns, *rows[0].shape[1:]).swapaxes(0, 1)
-    return _tile(alternating.reshape(-1, *rows[0].shape[1:]), columns)
+    picture = _tile(alternating.reshape(-1, *rows[0].shape[1:]), columns)
+    return picture if labels is None else labelled(picture, rows=labels * len(alternating))
+
+
+def labelled(
+    picture: UInt8[np.ndarray, "H W 3"], columns: Sequence[str] = (), rows: Sequence[str] = ()
+) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """A grid with a heading above each of its columns and a label to the left of each of its rows, black on white.
+
+    There must be as many as the grid has, for they divide its width and height into equal parts; the picture itself
+    stands in the lower right corner as it is. Text that is wider than its column is cut off.
+    """
+    font = PIL.ImageFont.load_default()
+    extent = lambda text: font.getbbox(text)[2:]  # right and lower end, from the origin of the text
+    left = max((math.ceil(extent(text)[0]) + 2 * MARGIN for text in rows), default=0)
+    above = max((math.ceil(extent(text)[1]) + 2 * MARGIN for text in columns), default=0)
+    height, width, _ = picture.shape
+    page = np.full((height + above, width + left, 3), WHITE, np.uint8)
+    page[above:, left:] = picture
+    # Each text on a strip of its own, so that it cannot run into its neighbour or the picture.
+    for index, text in enumerate(columns):
+        start, end = (left + width * part // len(columns) for part in (index, index + 1))
+        offset = max(0, (end - start - math.ceil(extent(text)[0])) // 2)
+        page[:above, start:end] = _text(text, end - start, above, offset, MARGIN)
+    for index, text in enumerate(rows):
+        start, end = (above + height * part // len(rows) for part in (index, index + 1))
+        offset = max(0, (end - start - math.ceil(extent(text)[1])) // 2)
+        page[start:end, :left] = _text(text, left, end - start, MARGIN, offset)
+    return page
+
+
+def _text(text: str, width: int, height: int, x: int, y: int) -> UInt8[np.ndarray, "h w 3"]:
+    strip = PIL.Image.new("RGB", (width, height), (WHITE,) * 3)
+    PIL.ImageDraw.Draw(strip).text((x, y), text, fill=(0, 0, 0), font=PIL.ImageFont.load_default())
+    return np.asarray(strip)
 
 
 def save_png(path: epath.PathLike, picture: UInt8[np.ndarray, "H W 3"]) -> None:

@@ -72,7 +72,9 @@ def check_count(k: int, source: data.Source) -> None:
 def picture(samples: UInt8[np.ndarray, "n h w c"], found: Neighbours, levels: int = 256) -> UInt8[np.ndarray, "H W 3"]:
     """A row for each sample: the sample, then its neighbours, the nearest first."""
     rows = np.concatenate([samples[:, None], found.images], axis=1)
-    return images.grid(rows.reshape(-1, *samples.shape[1:]), columns=rows.shape[1], levels=levels)
+    grid = images.grid(rows.reshape(-1, *samples.shape[1:]), columns=rows.shape[1], levels=levels)
+    places = ["sample", "nearest", *(f"no. {place}" for place in range(2, rows.shape[1]))]
+    return images.labelled(grid, columns=places)
 
 
 def _as_points(batch: UInt8[np.ndarray, "m h w c"], features: Features | None) -> Float[np.ndarray, "m d"]:

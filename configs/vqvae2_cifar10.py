@@ -60,6 +60,9 @@ def _conditioning(width: int, blocks: int) -> dict:
 def _cpu(config: ConfigDict) -> ConfigDict:
     config.autoencoder.model.hidden, config.autoencoder.model.residual = 64, 32
     config.autoencoder.model.code_dim = 32
+    # In so few steps the bottom codes learn all that the decoder looks at, unless some images come without them; and
+    # the averages of the codebooks have to follow an encoder that moves fast.
+    config.autoencoder.model.level_dropout, config.autoencoder.model.codebook_decay = 0.1, 0.9
     for stage, steps in ((config.autoencoder, 3000), (config.top, 4000), (config.bottom, 3500)):
         stage.optim = ConfigDict({"name": "adam", "learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 100})
         stage.train = ConfigDict({"batch_size": 32, "steps": steps, "ema_decay": 0.995})

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bitsperdim.convolution import Conv
 from bitsperdim.strided import DoublingConv, HalvingConv
@@ -122,6 +122,7 @@ class Autoencoder(nn.Module):
     channels: int = 3
     dtype: jnp.dtype = jnp.float32
     quantize: Callable[[Float[Array, "k d"], Float[Array, "b h w d"]], Quantized] = quantizer.quantize
+    lookup: Callable[[Float[Array, "k d"], Int[Array, "b h w ..."]], Float[Array, "b h w d"]] = quantizer.lookup
 
     @property
     def levels(self) -> tuple[str, ...]:
@@ -148,9 +149,15 @@ class Autoencoder(nn.Module):
         }
 
     def __call__(
-        self, images: Float[Array, "b h w c"], embeddings: dict[str, Float[Array, "k d"]]
+        self,
+        images: Float[Array, "b h w c"],
+        embeddings: dict[str, Float[Array, "k d"]],
+        absent: dict[str, tuple[Bool[Array, " b"], Float[Array, " d"]]] | None = None,
     ) -> tuple[Float[Array, "b h w c"], dict[str, Float[Array, "b hl wl d"]], dict[str, Quantized]]:
-        """The reconstruction (float32); for every level the encoder vectors z, and what the quantiser made of them."""
+        """The reconstruction (float32); for every level the encoder vectors z, and what the quantiser made of them.
+
+        `absent` names examples that are decoded without some levels, and the vector that stands for all codes of each.
+        """
         hidden, x = {}, images
         for level in reversed(self.levels):
             hidden[level] = x = self.encoders[level](x)
@@ -158,7 +165,11 @@ class Autoencoder(nn.Module):
         for level in self.levels:
             z[level] = self.to_code[level](jnp.concatenate([*decoded, hidden[level]], -1))
             quantized[level] = self.quantize(embeddings[level], z[level])
-            context = self._extend(context, level, quantized[level].straight_through)
+            vectors = quantized[level].straight_through
+            if absent and level in absent:
+                is_absent, instead = absent[level]
+                vectors = jnp.where(is_absent[:, None, None, None], instead, vectors)
+            context = self._extend(context, level, vectors)
             decoded = [self.decoders[level](jnp.concatenate(list(context.values()), -1))]
         return decoded[0].astype(jnp.float32), z, quantized
 
@@ -175,7 +186,7 @@ class Autoencoder(nn.Module):
         """The image (float32) that the codes of all levels stand for."""
         context = {}
         for level in self.levels:
-            context = self._extend(context, level, quantizer.lookup(embeddings[level], codes[level]))
+            context = self._extend(context, level, self.lookup(embeddings[level], codes[level]))
         image = self.decoders[self.levels[-1]](jnp.concatenate(list(context.values()), -1))
         return image.astype(jnp.float32)
 

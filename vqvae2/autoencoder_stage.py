@@ -5,19 +5,19 @@ Not here: the networks (`autoencoder.py`) and the quantisers (`quantizers.py`).
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 from bitsperdim import augment, data, dequantize, images, rng
 from bitsperdim.errors import InputError
 from bitsperdim.model import Aux, Batch, Model, Pictures, Stage
 from bitsperdim.run import Run
 from vqvae2 import facts as facts_lib
-from vqvae2 import quantizer, quantizers
+from vqvae2 import latents, quantizer, quantizers
 from vqvae2.autoencoder import Autoencoder
 from vqvae2.config import AutoencoderConfig, Config
 from vqvae2.facts import Facts
@@ -39,6 +39,8 @@ def stage(config: Config) -> Stage:
 
 
 def network(config: AutoencoderConfig, facts: Facts) -> Autoencoder:
+    """The autoencoder of a config, for images of these facts."""
+    kind = quantizers.make(config)
     return Autoencoder(
         strides=config.strides,
         hidden=config.hidden,
@@ -47,7 +49,8 @@ def network(config: AutoencoderConfig, facts: Facts) -> Autoencoder:
         code_dim=config.code_dim,
         channels=facts.shape[-1],
         dtype=jnp.dtype(config.dtype),
-        quantize=quantizers.make(config).quantize,
+        quantize=kind.quantize,
+        lookup=kind.lookup,
     )
 
 
@@ -55,7 +58,8 @@ def make(config: AutoencoderConfig, facts: Facts, batch_size: int) -> Model:
     """L = |x - x^|^2 / variance + beta sum_l |sg(e_l) - z_l|^2, each a mean over elements and examples.
 
     x in [-1, 1). `extra` holds a `Codebook` per level; it is updated after the forward pass, from sums over the global
-    batch, so the output and the loss use the codebook before the update. Commitment is 0 with finite scalars.
+    batch, so the output and the loss use the codebook before the update. Commitment is 0 with finite scalars, and
+    without a quantiser.
     """
     net, kind = network(config, facts), quantizers.make(config)
     if (config.colour.hue or config.colour.saturation) and facts.shape[-1] != 3:
@@ -71,11 +75,16 @@ def make(config: AutoencoderConfig, facts: Facts, batch_size: int) -> Model:
         params = net.init(rng.for_purpose(key, "parameters"), x, embeddings(codebooks))["params"]
         return params, {"codebooks": codebooks}
 
-    def forward(params: PyTree, extra: PyTree, x: Array) -> tuple[dict[str, Array], dict, dict]:
-        reconstruction, z, quantized = net.apply({"params": params}, x, embeddings(extra["codebooks"]))  # pyright: ignore
+    def forward(params: PyTree, extra: PyTree, x: Array, absent: Any = None) -> tuple[dict[str, Array], dict, dict]:
+        tables = embeddings(extra["codebooks"])
+        found: Any = net.apply({"params": params}, x, tables, absent)
+        reconstruction, z, quantized = found
         parts = {"mse": jnp.square(reconstruction - x).mean((1, 2, 3))}
         parts |= {f"commitment_{level}": quantized[level].squared_error for level in net.levels}
         for level, codebook in extra["codebooks"].items():
+            if config.cell:
+                parts[f"beyond_bins_{level}"] = latents.beyond(codebook.embedding, z[level])
+                continue
             # The same for every example: figures of a batch are means of parts.
             norms = jnp.linalg.norm(codebook.embedding, axis=-1)
             parts |= {f"norm_mean_{level}": jnp.broadcast_to(norms.mean(), len(x))}
@@ -90,7 +99,9 @@ def make(config: AutoencoderConfig, facts: Facts, batch_size: int) -> Model:
         if config.colour != augment.ColourConfig():
             colours = augment.colour(config.colour, rng.for_purpose(key, "colour"), batch["position"], (x + 1.0) / 2.0)
             x = 2.0 * colours - 1.0
-        parts, z, quantized = forward(params, extra, x)
+        keys = rng.per_example(rng.for_purpose(key, "level_dropout"), batch["position"])
+        absent = absent_levels(keys, config.level_dropout, extra["codebooks"], net.levels)
+        parts, z, quantized = forward(params, extra, x, absent)
         statistics = {
             level: kind.statistics(
                 z[level],
@@ -108,10 +119,20 @@ def make(config: AutoencoderConfig, facts: Facts, batch_size: int) -> Model:
         return objective, Aux(parts, {level: statistics[level].counts for level in net.levels}, statistics)
 
     def measure(params: PyTree, extra: PyTree, batch: Batch, key: Array) -> Aux:
-        parts, _, quantized = forward(params, extra, to_input(batch["image"], facts.levels))
-        count = lambda codes: jax.nn.one_hot(codes, config.num_codes).sum((1, 2))
-        mask = batch["mask"][:, None]
-        return Aux(parts, {level: (mask * count(quantized[level].codes)).sum(0) for level in net.levels}, ())
+        x = to_input(batch["image"], facts.levels)
+        parts, _, quantized = forward(params, extra, x)
+        codes = {level: quantized[level].codes for level in net.levels}
+
+        def squared_error(*absent: str) -> Array:
+            tables = tables_given(extra["codebooks"], {level: level not in absent for level in net.levels})
+            image = net.apply({"params": params}, codes, tables, method="decode")
+            return jnp.square(image - x).mean((1, 2, 3))  # pyright: ignore
+
+        parts["mse"] = squared_error()  # of what the codes decode to
+        if len(net.levels) > 1:
+            parts |= {f"mse_without_{level}": squared_error(level) for level in net.levels}
+        count = lambda grid: _hits(grid, batch["mask"], config.num_codes)
+        return Aux(parts, jax.tree.map(count, codes), ())
 
     def update_extra(extra: PyTree, statistics: PyTree, key: Array, step: Array) -> PyTree:
         return {"codebooks": {level: kind.update(extra["codebooks"][level], statistics[level]) for level in net.levels}}
@@ -121,6 +142,31 @@ def make(config: AutoencoderConfig, facts: Facts, batch_size: int) -> Model:
 
 def embeddings(codebooks: dict[str, quantizer.Codebook]) -> dict[str, Float[Array, "k d"]]:
     return {level: codebook.embedding for level, codebook in codebooks.items()}
+
+
+def absent_levels(
+    keys: Key[Array, " b"], rate: float, codebooks: dict[str, quantizer.Codebook], levels: tuple[str, ...]
+) -> dict[str, tuple[Bool[Array, " b"], Float[Array, " d"]]]:
+    """Nested dropout over levels (Rippel et al. 2014): which examples are decoded without which, and with what instead.
+
+    With probability `rate` an example keeps its n coarsest levels alone, n uniform in 1 ... L - 1; for the others
+    stands the mean vector, as in `tables_given`. So each level has to say what the coarser ones cannot, and the decoder
+    learns to do without the finer ones.
+    """
+    if not rate or len(levels) == 1:
+        return {}
+    u = jax.vmap(jax.random.uniform)(keys)
+    kept = jnp.where(u < rate, 1 + (u / rate * (len(levels) - 1)).astype(jnp.int32), len(levels))
+    mean = quantizer.mean_vector
+    return {level: (index >= kept, mean(codebooks[level])) for index, level in enumerate(levels) if index}
+
+
+def tables_given(
+    codebooks: dict[str, quantizer.Codebook], given: Mapping[str, Bool[Array, ""] | bool]
+) -> dict[str, Float[Array, "k d"]]:
+    """The vectors to decode with where some levels are not given: each of their codes stands for the mean vector."""
+    mean = quantizer.mean_vector
+    return {level: jnp.where(given[level], book.embedding, mean(book)) for level, book in codebooks.items()}
 
 
 def to_input(image: UInt8[Array, "b h w c"], levels: int) -> Float[Array, "b h w c"]:
@@ -133,21 +179,33 @@ def to_picture(x: Float[Array, "b h w c"], levels: int) -> UInt8[Array, "b h w c
     return dequantize.to_levels(dequantize.unscale(x, levels, "symmetric"), levels)
 
 
+def _hits(codes: Int[Array, "b h w ..."], mask: Bool[Array, " b"], num_codes: int) -> Float[Array, " k"]:
+    """How often each code occurs in the examples of the mask."""
+    weights = jnp.broadcast_to(mask.reshape(-1, *[1] * (codes.ndim - 1)), codes.shape)
+    return jnp.bincount(codes.ravel(), weights.ravel().astype(jnp.float32), length=num_codes)
+
+
 def _summarize(parts: dict[str, float], tallies: dict[str, np.ndarray]) -> dict[str, float]:
     """`mse` in the range [-1, 1), and over the variance of the very images it was taken over; use of the codebooks.
+
+    `mse_without_top` is the error of the same codes when the mean vector stands for each of that level: where it is no
+    larger than `mse`, the decoder does not look at the level, however many of its codes are in use. The mean vector,
+    not the codes of another image of the batch: so the figure of an image depends on nothing but the image.
 
     `psnr_db` is 10 log10(peak^2 / mse) of the mean error, with the peak 2 of that range: the figure that images in
     [0, 1] with a peak of 1 have.
     """
-    variance = parts["pixel_square"] - parts["pixel_mean"] ** 2
+    # Never zero, as it would be over held-out images of one constant colour.
+    variance = max(parts["pixel_square"] - parts["pixel_mean"] ** 2, 1e-12)
     figures = {"mse": parts["mse"], "mse_over_variance": parts["mse"] / variance}
     figures["psnr_db"] = float(10.0 * np.log10(4.0 / parts["mse"]))
     for level, counts in tallies.items():
-        figures[f"commitment_{level}"] = parts[f"commitment_{level}"]
+        of_level = [f"{name}_{level}" for name in ("mse_without", "commitment", "beyond_bins")]
+        figures |= {name: parts[name] for name in of_level if name in parts}
         figures[f"perplexity_codes_{level}"] = float(quantizer.perplexity(jnp.asarray(counts)))
         figures[f"used_codes_{level}"] = int(quantizer.codes_in_use(jnp.asarray(counts)))
-        figures[f"codebook_norm_mean_{level}"] = parts[f"norm_mean_{level}"]
-        figures[f"codebook_norm_max_{level}"] = parts[f"norm_max_{level}"]
+        of_level = [f"{name}_{level}" for name in ("norm_mean", "norm_max")]
+        figures |= {f"codebook_{name}": parts[name] for name in of_level if name in parts}
     return figures
 
 
@@ -163,7 +221,7 @@ def coder(run: Run) -> Coder:
     """Functions of (params, extra, images or codes). They raise InputError for shapes that are not those of the run."""
     about, config = facts_lib.of_run(run), run.config.autoencoder.model
     net = network(config, about)
-    grids = about.grids(config.strides, net.levels)
+    grids = {level: (*grid, *config.cell) for level, grid in about.grids(config.strides, net.levels).items()}
 
     @jax.jit
     def encoded(params: PyTree, extra: PyTree, image: Array) -> dict[str, Array]:
@@ -173,10 +231,7 @@ def coder(run: Run) -> Coder:
     # Which levels are given is an argument: one program for all choices.
     @jax.jit
     def decoded(params: PyTree, extra: PyTree, codes: dict[str, Array], given: dict[str, Array]) -> Array:
-        tables = {
-            level: jnp.where(given[level], codebook.embedding, quantizer.mean_vector(codebook))
-            for level, codebook in extra["codebooks"].items()
-        }
+        tables = tables_given(extra["codebooks"], given)
         return to_picture(net.apply({"params": params}, codes, tables, method="decode"), about.levels)  # pyright: ignore
 
     def encode(params, extra, images):
@@ -235,14 +290,18 @@ def _pictures(run: Run, config: Config) -> Pictures:
     def pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
         codes = code.encode(params, extra, originals)
         reconstructions = code.decode(params, extra, codes)
-        drawn = {"reconstructions": images.pairs(originals, reconstructions, levels=levels)}
+        drawn = {
+            "reconstructions": images.pairs(originals, reconstructions, levels=levels, labels=("image", "decoded"))
+        }
         if len(codes) == 1:
             return drawn
         rows = [originals]
         for last in range(1, len(config.levels)):
             rows.append(code.decode(params, extra, {level: codes[level] for level in config.levels[:last]}))
-        tiles = np.stack([*rows, reconstructions], 1)[:NUM_BY_LEVEL].reshape(-1, *originals.shape[1:])
-        return drawn | {"reconstructions_by_level": images.grid(tiles, columns=len(rows) + 1, levels=levels)}
+        tiles = np.stack([*rows, reconstructions], 1)[:: NUM_PICTURES // NUM_BY_LEVEL].reshape(-1, *originals.shape[1:])
+        grid = images.grid(tiles, columns=len(rows) + 1, levels=levels)
+        headings = ["image", "top alone", *(f"to {level}" for level in config.levels[1:-1]), "all codes"]
+        return drawn | {"reconstructions_by_level": images.labelled(grid, columns=headings)}
 
     return pictures
 

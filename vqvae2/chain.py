@@ -19,7 +19,7 @@ from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
-from vqvae2 import autoencoder_stage, codes, comparison, facts, runs, sampling
+from vqvae2 import autoencoder_stage, codes, comparison, facts, latents, runs, sampling
 from vqvae2.autoencoder import level_names
 from vqvae2.conditioning import Conditioner, ConditioningStack
 from vqvae2.prior import PixelSnail, Prior, incremental
@@ -28,6 +28,7 @@ from vqvae2.runs import Manner
 Draw = Callable[..., tuple[Int[Array, "b h w"], Int[Array, " b"]]]
 PerLevel = float | Mapping[str, float]
 SAMPLERS = ("cached", "fixed_point", "ancestral")
+PIXELS = "pixels"  # the stage below all levels, whose cells are pixels
 BATCH = 64  # samples drawn at once where nothing else is said
 
 
@@ -45,7 +46,7 @@ def network(run: Run, name: str) -> Prior:
             f"{name}.model.class_conditional=True, but the images have no labels; set it to False, or use images with "
             "labels (of a folder with sub-folders: data.labels=True)"
         )
-    num_codes, dtype = run.config.autoencoder.model.num_codes, jnp.dtype(config.dtype)
+    (num_codes, cell), dtype = values(run, name), jnp.dtype(config.dtype)
     manner = Manner(runs.is_scanned(config.scan), config.remat)
     reading = config.reading
     if reading == "auto":
@@ -68,12 +69,14 @@ def network(run: Run, name: str) -> Prior:
         num_classes=about.num_classes if config.class_conditional else 0,
         dtype=dtype,
         manner=manner,
+        channels=sum(cell),
+        mixtures=config.mixtures,
     )
     shape = config.conditioning
     if shape is None:
         return Prior(pixel_snail)
     stack = ConditioningStack(shape.blocks, shape.widths, shape.bottlenecks, shape.norm, dtype, manner)
-    grid = grids(run)
+    grid = shapes(run)
     height, width = grid[_above(run, name)]
     halvings = len(shape.widths) - 1
     if height % 2**halvings or width % 2**halvings:
@@ -81,8 +84,9 @@ def network(run: Run, name: str) -> Prior:
             f"{name}.model.conditioning.widths={shape.widths} halves the {height}x{width} grid of "
             f"'{_above(run, name)}' {halvings} times, which does not divide it; give fewer widths"
         )
+    codes_above = run.config.autoencoder.model.num_codes
     octaves = (grid[name][0] // grid[_above(run, name)][0]).bit_length() - 1
-    return Prior(pixel_snail, Conditioner(num_codes, config.embedding, stack, octaves, dtype))
+    return Prior(pixel_snail, Conditioner(codes_above, config.embedding, stack, octaves, dtype))
 
 
 def grids(run: Run) -> dict[str, tuple[int, int]]:
@@ -91,9 +95,21 @@ def grids(run: Run) -> dict[str, tuple[int, int]]:
     return facts.of_run(run).grids(strides, level_names(len(strides)))
 
 
+def shapes(run: Run) -> dict[str, tuple[int, int]]:
+    """The grids of every level, and that of the pixels below them."""
+    height, width, _ = facts.of_run(run).shape
+    return grids(run) | {PIXELS: (height, width)}
+
+
+def values(run: Run, name: str) -> tuple[int, tuple[int, ...]]:
+    """How many values there are, and how many of them a cell holds: () one code, (d,) several channels."""
+    about, model = facts.of_run(run), run.config.autoencoder.model
+    return (about.levels, about.shape[-1:]) if name == PIXELS else (model.num_codes, model.cell)
+
+
 def upper(run: Run, name: str, batch: dict[str, Any]) -> tuple[Any, ...]:
     """The codes above level `name`, coarsest first."""
-    levels = list(grids(run))
+    levels = list(shapes(run))
     return tuple(batch[level] for level in levels[: levels.index(name)])
 
 
@@ -104,8 +120,11 @@ def draw(run: Run, name: str, mesh: Mesh, sampler: str = "cached", top_k: int = 
     once, 'fixed_point' whole grids as often as forecasts fail, 'ancestral' the whole grid for each cell: the same
     codes. Examples are spread over the devices of the mesh, each of which has all weights and draws by itself.
     """
-    net, (height, width) = network(run, name), grids(run)[name]
-    num_codes = net.network.num_codes
+    net, (height, width), (num_codes, cell) = network(run, name), shapes(run)[name], values(run, name)
+    if cell and (sampler == "fixed_point" or top_k or top_p < 1.0):
+        raise InputError(
+            "latents without a quantiser, and pixels, are sampled by 'cached' or 'ancestral', without top_k and top_p"
+        )
 
     def sample(
         params: PyTree,
@@ -128,8 +147,14 @@ def draw(run: Run, name: str, mesh: Mesh, sampler: str = "cached", top_k: int = 
             evaluator = incremental(net, variables, condition, label)  # pyright: ignore
         else:
             evaluator = sampling.whole(lambda grid: logits(grid, (condition, label)))  # pyright: ignore
-        noise = sampling.gumbel_noise(key, ids, num_codes)
-        drawn = sampling.sample_codes(evaluator, noise, (len(ids), height, width), **options)
+        if cell:
+            noise, choose = (
+                latents.uniforms(key, ids, net.network.mixtures, net.network.channels),
+                latents.choose(num_codes),
+            )
+        else:
+            noise, choose = sampling.gumbel_noise(key, ids, num_codes), sampling.choose_code
+        drawn = sampling.sample_codes(evaluator, noise, (len(ids), height, width, *cell), choose=choose, **options)
         return drawn, jnp.full(len(ids), height * width)
 
     whole, batch = PartitionSpec(), sharding.over_batch(mesh).spec
@@ -308,4 +333,5 @@ def _labels(run: Run, count: int, label: int | None) -> Array | None:
 
 def _above(run: Run, name: str) -> str:
     """The next coarser level."""
-    return run.config.levels[run.config.levels.index(name) - 1]
+    names = [*run.config.levels, PIXELS]
+    return names[names.index(name) - 1]

@@ -1,6 +1,7 @@
 """Stage `codes`: whole splits as codes, made once with the Polyak weights and the final codebooks.
 
-    top, ..., bottom    uint16 [n, h, w], in the order of the split
+    top, ..., bottom    uint16 [n, h, w], in the order of the split; of latents without a quantiser [n, h, w, d], uint8
+                        where 256 bins are enough
     label               int32 [n], where the images have labels
 
 Source: Razavi et al. 2019, algorithm 2. Not here: how they are kept, and checked at every use (`extracted.py`).
@@ -24,7 +25,8 @@ SPLITS = extracted.SPLITS
 
 
 def _extraction(run: Run) -> extracted.Extraction:
-    return extracted.Extraction("codes", of="autoencoder", then=run.config.levels)
+    pixels = ("pixels",) if run.config.pixels else ()
+    return extracted.Extraction("codes", of="autoencoder", then=run.config.levels + pixels)
 
 
 def stage() -> Stage:
@@ -37,11 +39,14 @@ def extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
     about = facts.of_run(run)
     net = autoencoder_stage.network(run.config.autoencoder.model, about)
 
+    config = run.config.autoencoder.model
+    kind = jnp.uint8 if config.cell and config.num_codes <= 256 else jnp.uint16
+
     def encode(params: PyTree, extra: PyTree, batch: Batch) -> dict[str, jax.Array]:
         x = autoencoder_stage.to_input(batch["image"], about.levels)
         tables = autoencoder_stage.embeddings(extra["codebooks"])
         codes = net.apply({"params": params}, x, tables, method="encode")
-        rows = {level: value.astype(jnp.uint16) for level, value in codes.items()}  # pyright: ignore
+        rows = {level: value.astype(kind) for level, value in codes.items()}  # pyright: ignore
         return rows | {name: batch[name] for name in ("label",) if name in batch}
 
     extracted.encode_images(run, _extraction(run), state, encode, run.config.codes.batch_size, mesh, check_signals)
@@ -58,7 +63,7 @@ def open_codes(run: Run, split: str) -> Source:
     Raises InputError where they are not those of the run's autoencoder.
     """
     arrays = extracted.open_arrays(run, _extraction(run), split)
-    size, *grid = arrays[run.config.levels[-1]].shape
+    size, *grid = arrays[run.config.levels[-1]].shape[:3]
 
     def read(indices: np.ndarray) -> dict[str, np.ndarray]:
         return {name: array[indices].astype(np.int32) for name, array in arrays.items()}

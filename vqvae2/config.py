@@ -30,7 +30,8 @@ class AutoencoderConfig:
     num_codes: int = 512
     # 'ema': Euclidean codes that follow moving averages, the paper's. 'cosine': vectors and codes at unit length, which
     # keep more of a large codebook in use, best with a small code_dim. 'fsq': rounded channels, nothing to learn; of
-    # the values below fsq_levels alone matters.
+    # the values below fsq_levels alone matters. 'none': vectors as they are, each channel in num_codes bins for storage
+    # and for the prior (the ablation of table 5); of one level.
     quantizer: str = "ema"
     fsq_levels: tuple[int, ...] = (8, 8, 8)  # values of each channel: code_dim of them, whose product is num_codes
     commitment: float = 0.25  # beta
@@ -44,6 +45,10 @@ class AutoencoderConfig:
     revival_threshold: float = (
         0.05  # fraction of the fair share of hits below which a code is revived; 0: never (paper)
     )
+    # Share of training images that are decoded without their finer levels (nested dropout). Without it a short run lets
+    # the finest level carry everything: commitment then pulls the top's vectors to one point, and `mse_without_top`
+    # comes down to `mse`. The paper has none; whether its two million steps need it was not tried.
+    level_dropout: float = 0.0
     flip: bool = False  # mirror training images with probability 1/2
     colour: ColourConfig = dataclasses.field(default_factory=ColourConfig)  # changes of training images' colours
     dtype: str = "float32"  # of the convolutions; or 'bfloat16'. Parameters, quantiser and loss stay float32
@@ -58,17 +63,29 @@ class AutoencoderConfig:
             if stride < 2 or stride & (stride - 1):
                 raise ValueError(f"strides must be powers of two, not {self.strides}")
         one_of(self, dtype=("float32", "bfloat16"))
-        one_of(self, quantizer=("ema", "cosine", "fsq"), codebook_init=("uniform", "kmeans"))
+        one_of(self, quantizer=("ema", "cosine", "fsq", "none"), codebook_init=("uniform", "kmeans"))
         if self.quantizer == "fsq":
             self._check_fsq()
+        if self.quantizer == "none" and (len(self.strides) > 1 or self.codebook_init != "uniform"):
+            raise ValueError(
+                f"quantizer 'none' is for one level without a codebook: strides must name one, not {self.strides}, and "
+                f"codebook_init must be 'uniform', not '{self.codebook_init}'"
+            )
         if not 0 <= self.commitment < math.inf:
             raise ValueError(f"commitment must be finite and at least 0, not {self.commitment}")
+        if not 0 <= self.level_dropout < 1:
+            raise ValueError(f"level_dropout must lie in [0, 1), not {self.level_dropout}")
         if not 0 < self.codebook_epsilon < math.inf:
             raise ValueError(f"codebook_epsilon must be finite and positive, not {self.codebook_epsilon}")
         if not 0 < self.codebook_decay < 1:
             raise ValueError(f"codebook_decay must lie in (0, 1), not {self.codebook_decay}")
         if not 0 <= self.revival_threshold < 1:
             raise ValueError(f"revival_threshold must lie in [0, 1), not {self.revival_threshold}")
+
+    @property
+    def cell(self) -> tuple[int, ...]:
+        """The shape of what one cell of a code grid holds: () for a code, (code_dim,) for bins of every channel."""
+        return (self.code_dim,) if self.quantizer == "none" else ()
 
     def _check_fsq(self) -> None:
         levels = self.fsq_levels
@@ -146,6 +163,7 @@ class PriorConfig:
     # What dropout makes zero in attention: 'probabilities', as is common, or 'logits', as the supplement words it.
     attention_dropped: str = "probabilities"
     output_layers: int = 0
+    mixtures: int = 10  # components of the mixture of logistics that models latents without a quantiser
     dropout: float = 0.1  # after the first convolution of a layer, and in attention
     class_conditional: bool = False
     conditioning: ConditioningConfig | None = None
@@ -156,7 +174,7 @@ class PriorConfig:
     scan: str = "auto"
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "hidden", "residual", "layers", "embedding", "attention_heads")
+        at_least(self, 1, "hidden", "residual", "layers", "embedding", "attention_heads", "mixtures")
         at_least(self, 0, "attention_every", "output_layers")
         if self.filter < 3 or not self.filter % 2:
             raise ValueError(f"filter must be odd and at least 3, not {self.filter}")
@@ -196,6 +214,8 @@ class Config:
     top: PriorStageConfig
     middle: PriorStageConfig | None = None  # of every level between top and bottom, each trained by itself
     bottom: PriorStageConfig | None = None
+    # Optional: a PixelCNN decoder p(image | codes), for a bound on the likelihood of the image (supplement, section E).
+    pixels: PriorStageConfig | None = None
 
     def __post_init__(self) -> None:
         sections = {name.split("_")[0] for name in self.levels}
@@ -207,7 +227,9 @@ class Config:
                     f"{self.autoencoder.model.strides} makes the levels {', '.join(self.levels)}, "
                     f"not {'a section' if given else 'None'}"
                 )
-        for name in sorted(sections):
+        if self.pixels is not None and self.autoencoder.model.quantizer == "none":
+            raise ValueError("pixels must be None where autoencoder.model.quantizer is 'none': there are no codes")
+        for name in sorted(sections | ({"pixels"} if self.pixels is not None else set())):
             given, wanted = getattr(self, name).model.conditioning is not None, name != "top"
             if given != wanted:
                 raise ValueError(

@@ -53,7 +53,7 @@ def of_run(run: Run) -> Facts:
 def measure(source: data.Source, strides: tuple[int, ...]) -> Facts:
     """The variance is that of all pixels of at most 4,096 images spread over the training split.
 
-    Raises InputError where the strides do not divide the images.
+    Raises InputError where the strides do not divide the images, or every pixel has the same value.
     """
     height, width, _ = source.shape
     factor = math.prod(strides)
@@ -63,7 +63,10 @@ def measure(source: data.Source, strides: tuple[int, ...]) -> Facts:
             f"autoencoder.model.strides={strides}"
         )
     indices = np.unique(np.linspace(0, source.size - 1, VARIANCE_IMAGES).astype(np.int64))
-    return Facts(source.shape, source.levels, source.num_classes, 4.0 * _variance(source, indices) / source.levels**2)
+    variance = 4.0 * _variance(source, indices) / source.levels**2
+    if not variance:
+        raise InputError(f"all pixels of {source.name} have one and the same value: there is nothing to learn")
+    return Facts(source.shape, source.levels, source.num_classes, variance)
 
 
 def _variance(source: data.Source, indices: np.ndarray) -> float:

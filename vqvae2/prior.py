@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bitsperdim.causal import ROWS, Cell, Row, next_row
 from bitsperdim.convolution import Conv
+from bitsperdim.distributions import mixture_outputs
 from vqvae2 import runs
 from vqvae2.attention import ATTENDED, CausalAttention
 from vqvae2.conditioning import Conditioner
-from vqvae2.embedding import Embedding
+from vqvae2.embedding import Embedding, Projection
 from vqvae2.layers import Context, GatedResidual, OutputBlock, Stem, with_ones
 from vqvae2.runs import Manner
 from vqvae2.sampling import Incremental
@@ -97,11 +98,13 @@ class PixelSnail(nn.Module):
     num_classes: int = 0
     dtype: jnp.dtype = jnp.float32
     manner: Manner = Manner()
+    channels: int = 0  # D > 0: a cell holds D levels of num_codes each, and the outputs are those of a mixture
+    mixtures: int = 10  # its components
 
     @nn.compact
     def __call__(
         self,
-        codes: Int[Array, "b h w"],
+        codes: Int[Array, "b h w"] | Int[Array, "b h w d"],
         conditioning: Float[Array, "b h w u"] | None = None,
         label: Int[Array, " b"] | None = None,
         keys: Key[Array, " b"] | None = None,
@@ -122,13 +125,15 @@ class PixelSnail(nn.Module):
             apply = lambda block, x, index: block(x, keys, index)
             manner = self.manner._replace(remat=self.manner.remat and place is None)
             x = runs.run(block, apply, x, self.output_layers, manner)
-        return Conv(self.num_codes, (1, 1), name="head")(nn.elu(x).astype(jnp.float32))
+        outputs = mixture_outputs(self.channels, self.mixtures) if self.channels else self.num_codes
+        return Conv(outputs, (1, 1), name="head")(nn.elu(x).astype(jnp.float32))
 
     def _embedded(
         self, codes: Int[Array, "b h w"], place: Cell | Row | None
     ) -> tuple[State, Float[Array, "b h w e"] | None]:
         """What the stem makes of the codes, and the embedding of those that the attention reads."""
-        embed = Embedding(self.num_codes, self.embedding, self.dtype, name="embedding")
+        embedding = Projection if self.channels else Embedding
+        embed = embedding(self.num_codes, self.embedding, self.dtype, name="embedding")
         causal = self.reading == "causal"
         stem = TwoStackStem(self.hidden, self.kernel, self.dtype, name="stem") if causal else None
         if place is None:
@@ -140,12 +145,14 @@ class PixelSnail(nn.Module):
             above = jax.lax.dynamic_slice_in_dim(codes, jnp.maximum(place.row - 1, 0), 1, 1)
             return stem(Streams(with_ones(embed(above)), None), place), None
         before = jnp.maximum(place.position - 1, 0)
-        embedded = embed(jax.lax.dynamic_slice_in_dim(codes.reshape(len(codes), -1, 1), before, 1, 1))
+        in_order = codes.reshape(len(codes), -1, 1, *codes.shape[3:])
+        embedded = embed(jax.lax.dynamic_slice_in_dim(in_order, before, 1, 1))
         if stem:
             return stem(Streams(None, with_ones(embedded) * (place.column > 0)), place), embedded
         around = _around(codes, place)
         # Index -1, outside of the grid, is embedded as zero.
-        return Stem(self.hidden, self.dtype, name="stem").at_cell(embed(around), around >= 0), embedded
+        exists = (around >= 0).reshape(len(codes), 2, 3, -1)[..., 0]
+        return Stem(self.hidden, self.dtype, name="stem").at_cell(embed(around), exists), embedded
 
     def _layers(self, x: State, embedded: Float[Array, "b h w e"] | None, context: Context) -> State:
         """Groups of layers with an attention behind them, then what layers are left over."""
@@ -166,10 +173,12 @@ class PixelSnail(nn.Module):
         return x
 
 
-def _around(codes: Int[Array, "b h w"], cell: Cell) -> Int[Array, "b 2 3"]:
+def _around(codes: Int[Array, "b h w ..."], cell: Cell) -> Int[Array, "b 2 3 ..."]:
     """Rows i-1 ... i and columns j-1 ... j+1; -1 beyond the edges."""
-    padded = jnp.pad(codes, ((0, 0), (1, 0), (1, 1)), constant_values=-1)
-    return jax.lax.dynamic_slice(padded, (0, cell.row, cell.column), (len(codes), 2, 3))
+    rest = codes.shape[3:]
+    padded = jnp.pad(codes, ((0, 0), (1, 0), (1, 1), *[(0, 0)] * len(rest)), constant_values=-1)
+    start = (0, cell.row, cell.column, *[0] * len(rest))
+    return jax.lax.dynamic_slice(padded, start, (len(codes), 2, 3, *rest))
 
 
 class Prior(nn.Module):

@@ -3,6 +3,8 @@
 Source: Razavi et al. 2019, section 3.2 and algorithm 2: log p(top) + log p(bottom | top), a rate in nats per code and
 not a likelihood of the image (supplement, section E). A level is conditioned on the true codes of all coarser ones, so
 no prior needs another: all of them may train at once, on as many machines.
+Stage `pixels`, where a config has it: log p(image | all codes) by the same network, whose cells are then pixels; the
+supplement's only road to a likelihood of the image.
 Not here: the networks (`prior.py`, `conditioning.py`) and how the levels sample together (`chain.py`).
 """
 
@@ -16,10 +18,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, PyTree
 
-from bitsperdim import batch_norm, images, rng
+from bitsperdim import batch_norm, data, images, rng
 from bitsperdim.model import Aux, Batch, Model, Pictures, Stage
 from bitsperdim.run import Run
-from vqvae2 import autoencoder_stage, chain, codes, facts
+from bitsperdim.sources import Source
+from vqvae2 import autoencoder_stage, chain, codes, facts, latents
 from vqvae2.config import Config
 from vqvae2.prior import nll
 
@@ -29,12 +32,12 @@ IDS = np.arange(NUM_PICTURES, dtype=np.int32)
 
 def stage(config: Config, level: str) -> Stage:
     section = config.prior(level)
-    pictures = _top_pictures if level == "top" else _lower_pictures
+    pictures = {"top": _top_pictures, chain.PIXELS: _pixel_pictures}.get(level, _lower_pictures)
     return Stage(
         level,
         needs=("autoencoder", "codes"),
         model=lambda run: make(run, level),
-        source=codes.open_codes,
+        source=_images_and_codes if level == chain.PIXELS else codes.open_codes,
         pictures=lambda run, mesh: pictures(run, mesh, level),
         optim=section.optim,
         settings=section.train,
@@ -42,12 +45,17 @@ def stage(config: Config, level: str) -> Stage:
 
 
 def make(run: Run, name: str) -> Model:
-    """L = -log p(codes | codes above, class) / (h w), in nats per code; BatchNorm's running moments are in `extra`."""
-    net, grids, config = chain.network(run, name), chain.grids(run), run.config.prior(name).model
-    height, width = grids[name]
+    """L = -log p(codes | codes above, class) / (h w), in nats per code, that is per cell of the grid.
+
+    BatchNorm's running moments are in `extra`.
+    """
+    net, grids, config = chain.network(run, name), chain.shapes(run), run.config.prior(name).model
+    (height, width), (num_values, cell) = grids[name], chain.values(run, name)
+    unit = "nats_per_pixel" if name == chain.PIXELS else "nats_per_code"
 
     def init(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
-        empty = {level: jnp.zeros((1, *grid), jnp.int32) for level, grid in grids.items()}
+        shape = lambda level: (1, *grids[level], *chain.values(run, level)[1])
+        empty = {level: jnp.zeros(shape(level), jnp.int32) for level in grids}
         label = jnp.zeros(1, jnp.int32)
         variables = net.init(key, empty[name], chain.upper(run, name, empty), label)
         return variables["params"], {"batch_stats": variables.get("batch_stats", {})}
@@ -56,7 +64,8 @@ def make(run: Run, name: str) -> Model:
         return batch[name], chain.upper(run, name, batch), batch["label"] if config.class_conditional else None
 
     def parts(logits: Array, batch: Batch) -> dict[str, Array]:
-        return {"nats_per_code": nll(logits, batch[name]) / (height * width)}
+        nats = latents.nll(logits, batch[name], num_values) if cell else nll(logits, batch[name])
+        return {unit: nats / (height * width)}
 
     def loss(params: PyTree, extra: PyTree, batch: Batch, key: Array, step: Array) -> tuple[Array, Aux]:
         keys = rng.per_example(rng.for_purpose(key, "dropout"), batch["position"])
@@ -65,7 +74,7 @@ def make(run: Run, name: str) -> Model:
         )
         values = parts(logits, batch)
         statistics = {"moments": moments.get("batch_moments", {}), "batches": jnp.ones(())}
-        return values["nats_per_code"].mean(), Aux(values, (), statistics)
+        return values[unit].mean(), Aux(values, (), statistics)
 
     def measure(params: PyTree, extra: PyTree, batch: Batch, key: Array) -> Aux:
         logits = net.apply({"params": params, **extra}, *arguments(batch))
@@ -76,8 +85,11 @@ def make(run: Run, name: str) -> Model:
         return {"batch_stats": batch_norm.update_running(extra["batch_stats"], moments, batches)}
 
     def summarize(means: dict[str, float], tallies: PyTree) -> dict[str, float]:
-        bits = means["nats_per_code"] * height * width / math.log(2.0)
-        return {"nats_per_code": means["nats_per_code"], "rate_bits_per_image": bits}
+        bits = means[unit] * height * width / math.log(2.0)
+        if name == chain.PIXELS:  # given codes that have bits of their own: no likelihood by itself
+            per_dim = bits / (height * width * sum(cell))
+            return {unit: means[unit], "bits_per_image_given_codes": bits, "bits_per_dim_given_codes": per_dim}
+        return {unit: means[unit], "rate_bits_per_image": bits}
 
     return Model(init, loss, measure, summarize, update_extra)
 
@@ -114,8 +126,35 @@ def _lower_pictures(run: Run, mesh: Mesh, level: str) -> Pictures:
         above = tuple(map(jnp.asarray, chain.upper(run, level, batch)))
         key = rng.for_purpose(key, "pictures")
         sampled, _ = draw(params, extra, key, IDS, above, _labels(run, batch, level), 1.0)
-        pairs = images.pairs(reconstructed, decode(given | {level: sampled}), levels=facts.of_run(run).levels)
+        labels, shown = ("true codes", f"{level} drawn"), decode(given | {level: sampled})
+        pairs = images.pairs(reconstructed, shown, levels=facts.of_run(run).levels, labels=labels)
         return {f"samples_given_{coarser[-1]}": pairs}
+
+    return pictures
+
+
+def _images_and_codes(run: Run, split: str) -> Source:
+    """The codes of a split, and beside them as `pixels` the images that they were made of."""
+    of_codes, of_images = codes.open_codes(run, split), data.open_source(run.config.data, split)
+    read = lambda indices: of_codes.read(indices) | {chain.PIXELS: of_images.read(indices)["image"].astype(np.int32)}
+    name = f"{of_images.name} and their codes"
+    return of_codes._replace(name=name, shape=of_images.shape, levels=of_images.levels, read=read)
+
+
+def _pixel_pictures(run: Run, mesh: Mesh, level: str) -> Pictures:
+    """Held-out images, what their codes decode to, and pixels drawn given the codes."""
+    draw, decode, source = chain.draw(run, level, mesh), _decoder(run, mesh), _images_and_codes(run, "evaluation")
+    batch = source.read(np.linspace(0, source.size - 1, NUM_PICTURES // 2).astype(np.int64))
+    decoded = decode({name: batch[name] for name in run.config.levels})
+
+    def pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
+        above = tuple(map(jnp.asarray, chain.upper(run, level, batch)))
+        key, ids = rng.for_purpose(key, "pictures"), IDS[: NUM_PICTURES // 2]
+        drawn, _ = draw(params, extra, key, ids, above, _labels(run, batch, level), 1.0)
+        rows = [batch[level].astype(np.uint8), decoded, np.asarray(drawn).astype(np.uint8)]
+        tiles = np.stack(rows, 1).reshape(-1, *source.shape)
+        grid = images.grid(tiles, columns=3, levels=source.levels)
+        return {"pixels_given_codes": images.labelled(grid, columns=("image", "decoded", "drawn"))}
 
     return pictures
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 HIGHEST = jax.lax.Precision.HIGHEST
+UNIT_FLOOR = 1e-6  # vectors shorter than this are not brought to unit length; so no gradient exceeds its inverse
 
 
 class Codebook(NamedTuple):
@@ -105,12 +106,12 @@ def _candidates(
 
 
 def unit(z: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """z / |z|, in float32. The zero vector stays zero, and its gradient finite.
+    """z / max(|z|, 1e-6), in float32. The zero vector stays zero, and gradients grow at most a millionfold.
 
     Among codes of unit length the nearest one to unit(z) is that of the largest cosine, and `quantize` finds it.
     """
     z = z.astype(jnp.float32)
-    return z * jax.lax.rsqrt(jnp.maximum(jnp.square(z).sum(-1, keepdims=True), 1e-24))
+    return z * jax.lax.rsqrt(jnp.maximum(jnp.square(z).sum(-1, keepdims=True), UNIT_FLOOR**2))
 
 
 def at_unit_length(codebook: Codebook, before: Codebook) -> Codebook:

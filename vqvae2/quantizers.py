@@ -1,6 +1,7 @@
-"""The three ways from encoder vectors to codes, each as one record of functions, as a config names them.
+"""The four ways from encoder vectors to codes, each as one record of functions, as a config names them.
 
-Not here: their mathematics (`quantizer.py`: the codebooks that are learned; `fsq.py`).
+Not here: their mathematics (`quantizer.py`: the codebooks that are learned; `fsq.py`;
+`latents.py`, where nothing is quantised but for storage).
 """
 
 import functools
@@ -8,24 +9,33 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
-from vqvae2 import fsq, quantizer
+from vqvae2 import fsq, latents, quantizer
 from vqvae2.config import AutoencoderConfig
 from vqvae2.quantizer import Codebook, Quantized, Statistics
 
 
 class Quantizer(NamedTuple):
-    """What the loss calls; `quantize` alone is part of the network. Codes are looked up in `Codebook.embedding`."""
+    """What the loss calls; `quantize` and `lookup` are part of the network."""
 
     init: Callable[[Key[Array, ""]], Codebook]
     quantize: Callable[[Float[Array, "k d"], Float[Array, "b h w d"]], Quantized]
     statistics: Callable[..., Statistics]  # the arguments of `quantizer.statistics`
     update: Callable[[Codebook, Statistics], Codebook]
+    lookup: Callable[[Float[Array, "k d"], Int[Array, "b h w ..."]], Float[Array, "b h w d"]] = quantizer.lookup
 
 
 def make(config: AutoencoderConfig) -> Quantizer:
-    """`config.quantizer`: 'ema' (Euclidean codes), 'cosine' (codes of unit length) or 'fsq' (a constant grid)."""
+    """By `config.quantizer`: 'ema' (Euclidean codes), 'cosine' (of unit length), 'fsq' (a constant grid), 'none'."""
+    if config.quantizer == "none":
+        return Quantizer(
+            init=lambda key: latents.init(config.num_codes, config.code_dim),
+            quantize=functools.partial(latents.quantize, config.num_codes),
+            statistics=latents.statistics,
+            update=functools.partial(latents.update, decay=config.codebook_decay),
+            lookup=functools.partial(latents.lookup, config.num_codes),
+        )
     if config.quantizer == "fsq":
         return _fsq(config.fsq_levels)
     init = functools.partial(quantizer.init, num_codes=config.num_codes, dim=config.code_dim)

@@ -50,26 +50,41 @@ def gumbel_noise(
     return lambda position: noise(ids, position[None])[:, 0]
 
 
+# (logits of a cell, its noise, temperature, top_k, top_p) -> what is drawn for the cell
+Choose = Callable[[Float[Array, "b k"], PyTree, Float[Array, ""] | float, int, float], Int[Array, "b ..."]]
+
+
+def choose_code(
+    logits: Float[Array, "b k"],
+    eps: Float[Array, "b k"],
+    temperature: Float[Array, ""] | float,
+    top_k: int,
+    top_p: float,
+) -> Int[Array, " b"]:
+    return gumbel.scores(logits, eps, temperature, top_k, top_p).argmax(-1).astype(jnp.int32)
+
+
 def sample_codes(
     network: Incremental,
-    noise: Callable[[Int[Array, ""]], Float[Array, "b k"]],
-    shape: tuple[int, int, int],
+    noise: Callable[[Int[Array, ""]], PyTree],
+    shape: tuple[int, ...],
     temperature: Float[Array, ""] | float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    choose: Choose = choose_code,
 ) -> Int[Array, "b h w"]:
     """code_p = argmax_k (logits_k + T g_k), a draw from softmax(logits / T) with Gumbel noise g, for p in raster order.
 
     T = 0 is the greedy grid. `top_k` and `top_p` restrict the values first (`gumbel.restrict`). `shape` is (batch,
-    height, width). One compiled loop with static shapes; call it under `jit` to trace it once.
+    height, width), and what a cell holds where that is more than a code: then `choose` draws it. One compiled loop with
+    static shapes; call it under `jit` to trace it once.
     """
-    _, height, width = shape
+    _, height, width, *rest = shape
 
     def draw(row: Int[Array, ""], column: Int[Array, ""], codes: Int[Array, "b h w"], kept: PyTree) -> tuple:
         logits, kept = network.cell_logits(codes, row, column, kept)
-        scores = gumbel.scores(logits, noise(row * width + column), temperature, top_k, top_p)
-        code = scores.argmax(-1).astype(jnp.int32)
-        return jax.lax.dynamic_update_slice(codes, code[:, None, None], (0, row, column)), kept
+        code = choose(logits, noise(row * width + column), temperature, top_k, top_p)
+        return jax.lax.dynamic_update_slice(codes, code[:, None, None], (0, row, column, *[0] * len(rest))), kept
 
     def draw_row(row: Int[Array, ""], carry: tuple) -> tuple:
         codes, kept = carry

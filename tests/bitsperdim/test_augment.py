@@ -97,8 +97,9 @@ def test_every_change_takes_part_and_stays_within_the_range(pictures):
     np.testing.assert_array_equal(run(augment.ColourConfig()), pictures)
 
 
-def test_a_change_out_of_range_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"saturation must be at most 1, not 1\.5"):
-        augment.ColourConfig(saturation=1.5)
+@pytest.mark.parametrize("name", ["brightness", "hue", "saturation", "contrast", "noise_probability"])
+def test_a_change_out_of_range_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=rf"{name} must be at most 1, not 1\.5"):
+        augment.ColourConfig(**{name: 1.5})
     with pytest.raises(ValueError, match=r"brightness must be at least 0, not -0\.1"):
         augment.ColourConfig(brightness=-0.1)

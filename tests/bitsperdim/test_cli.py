@@ -101,7 +101,7 @@ def test_training_refuses_in_one_message_and_leaves_no_folder(refusal, flags, me
         (["--config="], "--config is missing"),
         (["--config=vqvae2_foto"], "there is no config 'vqvae2_foto'; known are "),
         (["--config=none.py"], "there is no config 'none.py'"),
-        (["--config=vqvae2_photos:tinny"], "no variant 'tinny'"),
+        (["--config=vqvae2_photos:tinny"], "--config=vqvae2_photos:tinny: no variant 'tinny'; there are tiny"),
         (["--config=broken.py"], "broken.py could not be loaded: ZeroDivisionError: division by zero"),
         (["--config=syntax.py"], "syntax.py could not be loaded: SyntaxError"),
         (["--config=empty.py"], "empty.py could not be loaded: AttributeError"),
@@ -205,8 +205,8 @@ def test_results_that_could_not_be_written_are_not_computed(refusal, trained, tm
 def test_evaluation_writes_where_it_is_told(call, trained, tmp_path):
     before = sorted(trained.rglob("*"))
     code, out, _ = call(EVALUATE, f"--workdir={trained}", f"--out={tmp_path / 'there'}", "--split=train")
-    assert code == 0 and out.endswith(f"written to {tmp_path / 'there/evaluation.json'}\n")
-    assert json.loads((tmp_path / "there/evaluation.json").read_text())["model"]["images"] == 1437
+    assert code == 0 and out.endswith(f"written to {tmp_path / 'there/evaluation-train.json'}\n")
+    assert json.loads((tmp_path / "there/evaluation-train.json").read_text())["model"]["images"] == 1437
     assert sorted(trained.rglob("*")) == before
 
 
@@ -293,8 +293,21 @@ def test_evaluation_prints_and_writes_the_same_figures(call, trained):
     assert code == 0
     assert (written["split"], written["model"]["images"], written["model"]["step"]) == ("evaluation", 360, 12)
     assert f"{written['bits_per_dim']:.6g}" in out
-    code, _, _ = call(EVALUATE, f"--workdir={trained}", "--split=train")
-    assert json.loads((trained / "evaluation.json").read_text())["model"]["images"] == 1437
+
+
+def test_figures_of_training_and_held_out_images_stand_side_by_side(call, trained, tmp_path):
+    _, first, _ = call(EVALUATE, f"--workdir={trained}", f"--out={tmp_path}")
+    assert "difference" not in first
+    code, out, _ = call(EVALUATE, f"--workdir={trained}", f"--out={tmp_path}", "--split=train")
+    held_out, train = (json.loads((tmp_path / f"evaluation{of}.json").read_text()) for of in ("", "-train"))
+    assert code == 0 and (held_out["model"]["images"], train["model"]["images"]) == (360, 1437)
+    [row] = [line.split() for line in out.splitlines() if line.startswith("bits_per_dim ")][1:]
+    values = train["bits_per_dim"], held_out["bits_per_dim"], held_out["bits_per_dim"] - train["bits_per_dim"]
+    np.testing.assert_allclose([float(cell) for cell in row[1:]], values, rtol=1e-4)
+    # Figures of another step say nothing about each other.
+    train["model"]["step"] += 1
+    (tmp_path / "evaluation-train.json").write_text(json.dumps(train))
+    assert "difference" not in call(EVALUATE, f"--workdir={trained}", f"--out={tmp_path}")[1]
 
 
 def samples(call, trained, folder, *flags):
@@ -352,7 +365,8 @@ def test_samples_are_shown_beside_the_nearest_training_images(call, trained, tmp
     apart = ((np.load(folder / "samples.npy") - nearest) ** 2).sum((1, 2, 3))
     np.testing.assert_allclose(np.array(record["distance"])[:, 0] ** 2, apart)
     with PIL.Image.open(folder / "nearest.png") as picture:
-        assert picture.size == (3 * 98 - 2, 3 * 98 - 2)
+        width, height = picture.size
+        assert width == 3 * 98 - 2 and 3 * 98 < height < 3 * 98 + 20
 
 
 @pytest.mark.parametrize(
@@ -366,6 +380,8 @@ def test_samples_are_shown_beside_the_nearest_training_images(call, trained, tmp
         (["--accept_top=2", "--scorer=math:sin"], "--accept_top must lie in 0..1, not 2"),
         (["--accept_top=0.5", "--scorer=math:sinn"], "math has no function 'sinn'"),
         (["--accept_top=0.5", "--scorer=math:sin"], "the function of --scorer failed: TypeError"),
+        (["--candidates=64"], "--candidates=N needs --accept_top=SHARE"),
+        (["--accept_top=0.5", "--scorer=math:sin", "--candidates=9"], "--candidates=9 is too few"),
         (["--features=math:sin"], "--features needs --nearest=K"),
         (["--nearest=0"], "nearest"),
         (["--nearest=9999"], "--nearest must lie in 1..1437"),

@@ -20,10 +20,11 @@ def published(golden):
 
 def raw_outputs(channels, mixtures=3, log_scale=-1.0):
     """Outputs for one pixel whose components lie apart, with coefficients that matter."""
-    kinds = 2 if channels == 1 else 3
-    key_weights, key_rest = jax.random.split(jax.random.key(0))
+    kinds, pairs = (3, 0) if channels == 3 else (2, channels * (channels - 1) // 2)
+    key_weights, key_rest, key_coefs = jax.random.split(jax.random.key(0), 3)
     rest = jax.random.normal(key_rest, (channels, kinds, mixtures)).at[:, 1].add(log_scale)
-    return jnp.concatenate([jax.random.normal(key_weights, (mixtures,)), rest.ravel()])
+    coefs = jax.random.normal(key_coefs, (pairs * mixtures,))
+    return jnp.concatenate([jax.random.normal(key_weights, (mixtures,)), rest.ravel(), coefs])
 
 
 log_prob = jax.jit(distributions.discretized_logistic_mixture_log_prob, static_argnums=2)
@@ -48,7 +49,7 @@ def test_samples_are_the_published_ones(published, levels, name):
     np.testing.assert_allclose(found, published[name], atol=1e-5)
 
 
-@pytest.mark.parametrize("channels, levels", [(3, 2), (3, 7), (1, 2), (1, 32), (1, 256)])
+@pytest.mark.parametrize("channels, levels", [(3, 2), (3, 7), (1, 2), (1, 32), (1, 256), (2, 9), (5, 3)])
 @pytest.mark.parametrize("log_scale", [-8.0, -1.0, 3.0])
 def test_probabilities_of_all_values_of_a_pixel_sum_to_one(channels, levels, log_scale):
     raw, x = raw_outputs(channels, log_scale=log_scale), every_image(channels, levels)
@@ -57,7 +58,7 @@ def test_probabilities_of_all_values_of_a_pixel_sum_to_one(channels, levels, log
     np.testing.assert_allclose(np.exp(np.float64(log_probs)).sum(), 1.0, atol=1e-5)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_conditional_pmfs_are_the_ratios_of_the_joint_one(channels):
     levels, raw = 5, raw_outputs(channels)
     x = every_image(channels, levels)
@@ -67,6 +68,37 @@ def test_conditional_pmfs_are_the_ratios_of_the_joint_one(channels):
         marginal = joint.sum(tuple(range(channel + 1, channels)))
         conditional = marginal / marginal.sum(-1, keepdims=True)
         np.testing.assert_allclose(pmf, conditional[tuple(x[:, :channel].T)], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 6])
+def test_the_mean_of_a_channel_is_linear_in_those_before_it_and_blind_to_the_others(channels):
+    """One narrow component on a fine grid: the mean of its pmf is its mean."""
+    levels, middle = 255, 127
+    pairs = [(c, before) for c in range(channels) for before in range(c)]
+    coefs = np.random.default_rng(0).normal(size=len(pairs))
+    means = 0.2 * np.random.default_rng(1).normal(size=channels)
+    raw = jnp.asarray([0.0, *np.stack([means, np.full(channels, -4.0)], 1).ravel(), *coefs], jnp.float32)
+    assert raw.size == distributions.mixture_outputs(channels, 1)
+    x, values = np.full(channels, middle), np.linspace(-1.0, 1.0, levels)
+    mean = lambda x, channel: np.exp(np.float64(log_pmf(raw, x, levels, channel))) @ values
+    for channel in range(channels):
+        np.testing.assert_allclose(mean(x, channel), means[channel], atol=1e-3)
+        unseen = np.where(np.arange(channels) < channel, x, 3)
+        np.testing.assert_array_equal(log_pmf(raw, unseen, levels, channel), log_pmf(raw, x, levels, channel))
+    for (channel, before), coef in zip(pairs, coefs, strict=True):
+        other = x + 30 * (np.arange(channels) == before)
+        moved = mean(other, channel) - mean(x, channel)
+        np.testing.assert_allclose(moved, np.tanh(coef) * values[middle + 30], atol=2e-3)
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_the_gradient_of_the_likelihood_is_the_numeric_one(channels):
+    raw = raw_outputs(channels)
+    x = np.array([0, 6, 3, 5, 2])[:channels]
+    gradient = jax.jit(jax.grad(lambda raw: log_prob(raw, x, 7)))(raw)
+    steps = 1e-2 * np.eye(raw.size, dtype=np.float32)
+    numeric = (np.float64(log_prob(raw + steps, x, 7)) - log_prob(raw - steps, x, 7)) / 2e-2
+    np.testing.assert_allclose(gradient, numeric, rtol=2e-2, atol=2e-3)
 
 
 def test_samples_follow_the_pmf():
@@ -104,7 +136,10 @@ def test_likelihood_and_its_gradient_stay_finite_far_from_every_component():
     np.testing.assert_allclose(gradient[1], -np.exp(7.0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("size, channels, message", [(9, 4, "not 4"), (31, 3, "31 outputs"), (10, 1, "10 outputs")])
+@pytest.mark.parametrize(
+    "size, channels, message",
+    [(9, 4, "9 outputs"), (16, 4, "16 outputs"), (31, 3, "31 outputs"), (10, 1, "10 outputs")],
+)
 def test_outputs_that_are_no_mixture_are_refused(size, channels, message):
     with pytest.raises(ValueError, match=message):
         distributions.logistic_mixture(jnp.zeros(size), channels)

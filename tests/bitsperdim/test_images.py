@@ -99,3 +99,37 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         images.save_png(path, np.full((4, 4, 3), 255, np.uint8))
     assert (np.asarray(PIL.Image.open(path)) == 0).all()
+
+
+def test_labels_stand_beside_what_they_name_and_leave_the_picture_as_it_is():
+    picture = images.grid(plain(10, 20, 30, 40, 50, 60), columns=3)
+    page = images.labelled(picture, columns=("one", "", "three"), rows=("", "two"))
+    above, left = page.shape[0] - picture.shape[0], page.shape[1] - picture.shape[1]
+    assert 8 < above < 24 and 16 < left < 48
+    np.testing.assert_array_equal(page[above:, left:], picture)
+    is_dark = page.min(-1) < 128
+    # Ink above the first and third column and left of the second row, none where there is no text.
+    column = lambda index: is_dark[:above, left + 98 * index : left + 98 * (index + 1)]
+    assert column(0).any() and column(2).any() and not column(1).any()
+    assert is_dark[above + 98 :, :left].any() and not is_dark[above : above + 98, :left].any()
+    assert not is_dark[:above, :left].any()
+    # Another text is another picture.
+    assert (images.labelled(picture, rows=("", "twenty"))[:, :16] != page[above:, :16]).any()
+
+
+def test_a_heading_that_is_too_long_does_not_run_into_the_next_column():
+    picture = images.grid(plain(1, 2), columns=2)
+    short, long = (images.labelled(picture, columns=(text, "x")) for text in ("i", "i" * 200))
+    half = picture.shape[1] // 2
+    np.testing.assert_array_equal(short[:, half:], long[:, half:])
+
+
+def test_rows_of_pairs_are_labelled_in_turn():
+    page = images.pairs(plain(10, 20, 30), plain(11, 21, 31), columns=2, labels=("before", "after"))
+    bare = images.pairs(plain(10, 20, 30), plain(11, 21, 31), columns=2)
+    left = page.shape[1] - bare.shape[1]
+    rows = [page[98 * index : 98 * index + 96, :left] for index in range(4)]
+    inked = [row.min() < 128 for row in rows]
+    assert all(inked)
+    is_wide = [np.nonzero((row.min(-1) < 128).any(0))[0].max() for row in rows]
+    assert is_wide[0] == is_wide[2] > is_wide[1] == is_wide[3]

@@ -8,6 +8,7 @@ from bitsperdim import rejection
 from bitsperdim.errors import InputError
 
 LABELS = [0, 1, 2, 0, 1]
+SHARES = (1.0, 0.5, 0.1, 0.05)
 
 
 def draw(key, n, labels=True):
@@ -22,12 +23,38 @@ def total(images, labels):
 
 @pytest.fixture
 def drawn():
-    return rejection.candidates(draw, total, seed=3, num=5, rounds=20, options={})
+    return rejection.candidates(draw, total, seed=3, num=5, rounds=20, shares=SHARES, options={})
 
 
 @pytest.mark.parametrize(("share", "rounds"), [(1.0, 1), (0.5, 2), (0.3, 4), (0.1, 10), (0.07, 15), (0.05, 20)])
 def test_a_place_has_as_many_candidates_as_one_of_the_best_share_needs(share, rounds):
-    assert rejection.num_rounds(share) == rounds
+    assert rejection.num_rounds(share, 7) == rounds
+
+
+@pytest.mark.parametrize(("wanted", "rounds"), [(100, 20), (101, 21), (10_000, 2000)])
+def test_a_larger_pool_is_drawn_in_whole_rounds(wanted, rounds):
+    assert rejection.num_rounds(0.05, 5, wanted) == rounds
+
+
+def test_a_pool_from_which_the_places_cannot_be_filled_is_refused():
+    with pytest.raises(InputError, match=r"--candidates=99 is too few: .* 0\.05 of them 5 images need 100"):
+        rejection.num_rounds(0.05, 5, 99)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("shares", [(1.0,), (0.5, 0.05), (1.0, 0.1)])
+def test_no_image_is_kept_but_those_that_a_share_may_show(shares, labels):
+    sizes = []
+    watched = lambda images, of: sizes.append(len(images)) or total(images, of)
+    drawn = rejection.candidates(draw, watched, 3, 5, 40, shares, {"labels": labels})
+    every = np.zeros(drawn.scores.shape, bool)
+    for share in shares:
+        every |= rejection.kept(drawn, share) if share < 1 else (np.arange(40) == 0)[:, None]
+    assert set(drawn.images) == {tuple(place) for place in np.argwhere(every).tolist()}
+    for share in shares:
+        places = rejection.places(drawn, rejection.kept(drawn, share))
+        again = [draw(jax.random.key(drawn.seeds[r]), 5)[0][i] for r, i in places]
+        np.testing.assert_array_equal(rejection.best(drawn, share), again)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.05])
@@ -79,15 +106,15 @@ def test_every_candidate_can_be_drawn_again_from_the_record(drawn):
 
 
 def test_neighbouring_seeds_have_no_candidates_in_common():
-    seeds = [set(rejection.candidates(draw, total, seed, 1, 50, {}).seeds) for seed in (0, 1)]
+    seeds = [set(rejection.candidates(draw, total, seed, 1, 50, (1.0,), {}).seeds) for seed in (0, 1)]
     assert not seeds[0] & seeds[1]
 
 
 def test_the_scorer_sees_the_classes_where_there_are_some():
     seen = []
     scorer = lambda images, labels: seen.append(labels) or np.zeros(len(images))
-    rejection.candidates(draw, scorer, 0, 5, 2, {})
-    rejection.candidates(draw, scorer, 0, 5, 1, {"labels": False})
+    rejection.candidates(draw, scorer, 0, 5, 2, SHARES, {})
+    rejection.candidates(draw, scorer, 0, 5, 1, SHARES, {"labels": False})
     assert [None if labels is None else labels.tolist() for labels in seen] == [LABELS, LABELS, None]
 
 
@@ -105,4 +132,4 @@ def test_the_scorer_sees_the_classes_where_there_are_some():
 )
 def test_a_scorer_that_gives_no_scores_is_named(scorer, message):
     with pytest.raises(InputError, match=message):
-        rejection.candidates(draw, scorer, 0, 5, 1, {})
+        rejection.candidates(draw, scorer, 0, 5, 1, SHARES, {})

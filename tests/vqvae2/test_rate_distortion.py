@@ -22,13 +22,15 @@ SPEC.loader.exec_module(rate_distortion)
 def evaluated(tmp_path):
     """`evaluated("small", num_codes, measured)` -> a run of 32x32 images whose evaluation.json says so."""
 
-    def make(name, num_codes, measured, images=100):
+    def make(name, num_codes, measured, images=100, source=None):
         config = cli.load_config("vqvae2_photos:tiny")
         config.autoencoder.model.num_codes = num_codes
         run = run_lib.check(tmp_path / name, config)
         run_lib.create(run)
         about = {"shape": [32, 32, 3], "levels": 256, "num_classes": 0, "variance": 0.3}
         run_lib.write_json(run.workdir / "autoencoder" / "data.json", about)
+        if source is not None:
+            run_lib.write_json(run.workdir / "autoencoder" / "sources.json", {"train": {}, "evaluation": source})
         autoencoder = {"images": images, "mse": 0.04, "psnr_db": 20.0}
         run_lib.write_json(
             run.workdir / "evaluation.json", {"split": "evaluation", "autoencoder": autoencoder, **measured}
@@ -62,8 +64,20 @@ def test_the_command_prints_a_line_a_run_and_draws_the_curve(evaluated, monkeypa
 
 def test_runs_that_cannot_be_compared_are_refused(evaluated, tmp_path):
     cases = [rate_distortion.case(evaluated(name, 64, {}, images)) for name, images in (("a", 100), ("b", 90))]
-    with pytest.raises(InputError, match="a: 100 images of evaluation; b: 90 images of evaluation"):
+    with pytest.raises(InputError, match="a: 100 images of photos, 32x32x3, 256 levels; b: 90 images of photos"):
         rate_distortion.check_comparable(cases)
     (tmp_path / "a" / "evaluation.json").unlink()
     with pytest.raises(InputError, match=r"evaluation.json is missing; python evaluate.py --workdir=.*a makes it"):
         rate_distortion.case(str(tmp_path / "a"))
+
+
+def test_runs_on_other_images_are_told_apart_by_fingerprint_or_name(evaluated):
+    check = lambda *sources: rate_distortion.check_comparable(
+        [rate_distortion.case(evaluated(f"{index}", 32, {}, source=source)) for index, source in enumerate(sources)]
+    )
+    folder = lambda name, fingerprint: {"name": name, "fingerprint": fingerprint}
+    check(folder("/a/pictures", "f00d"), folder("/b/pictures", "f00d"))  # moved
+    with pytest.raises(InputError, match=r"0: 100 images of f00d, 32x32x3, 256 levels; 1: 100 images of beef"):
+        check(folder("/a/pictures", "f00d"), folder("/a/pictures", "beef"))
+    with pytest.raises(InputError, match="100 images of svhn test"):
+        check(folder("cifar10 test", ""), folder("svhn test", ""))
