@@ -112,6 +112,7 @@ class _Job(NamedTuple):
     given: Int[Array, "_ d"]
     init: Int[Array, "_ d"]
     first_id: Int[Array, ""]
+    count: Int[Array, ""]
     temperature: Float[Array, ""]
 
 
@@ -164,6 +165,7 @@ def sampler(
     -1 where free. A given prefix is conditioned on exactly; given dimensions with free ones before them (holes) are
     clamped, what is free before them is drawn without regard to them. `init`: the forecasts before the first call.
     Both for each sample, or [d] for all. `first_id`: the samples' noise is that of ids first_id, first_id + 1, ...
+    `count`: only so many of them are drawn, the others are zeros.
     `temperature`: of the scores; 0 is greedy.
     """
     _check_sizes(network, num_samples, batch)
@@ -181,6 +183,7 @@ def sampler(
         given: ArrayLike | None = None,
         init: ArrayLike = 0,
         first_id: int | Int[Array, ""] = 0,
+        count: int | Int[Array, ""] | None = None,
         temperature: float | Float[Array, ""] = 1.0,
     ) -> Samples:
         gumbel.check_options(temperature, top_k, top_p)
@@ -190,7 +193,8 @@ def sampler(
         sizes = num_samples, network.num_dims, network.num_values
         known = check_values(-1 if given is None else given, "given", -1, sizes)
         first = check_values(init, "init", 0, sizes)
-        return run(_Job(params, key, context, known, first, jnp.int32(first_id), jnp.float32(temperature)))
+        numbers = jnp.int32(first_id), jnp.minimum(num_samples, num_samples if count is None else count)
+        return run(_Job(params, key, context, known, first, *numbers, jnp.float32(temperature)))
 
     return draw
 
@@ -223,10 +227,11 @@ def mistakes(call_of: ArrayLike, given: ArrayLike | None = None) -> Bool[Array, 
 
 def _run(plan: _Plan, job: _Job) -> Samples:
     count, num_dims = plan.num_samples, plan.network.num_dims
-    row = jnp.minimum(jnp.arange(plan.batch, dtype=jnp.int32), count)
+    row = jnp.arange(plan.batch, dtype=jnp.int32)
+    row = jnp.where(row < job.count, row, count)
     zeros, real = jnp.zeros((count, num_dims), jnp.int32), jnp.zeros(count, jnp.float32)
     samples = Samples(zeros, zeros, jnp.zeros(count, jnp.int32), real, real, jnp.int32(0))
-    progress = _Progress(_begin(plan, job, row), jnp.int32(min(plan.batch, count)), samples)
+    progress = _Progress(_begin(plan, job, row), jnp.minimum(plan.batch, job.count), samples)
 
     def step(progress: _Progress) -> _Progress:
         lanes = _call(plan, job, progress.lanes)
@@ -335,7 +340,7 @@ def _refill(plan: _Plan, job: _Job, progress: _Progress) -> _Progress:
     idle = lanes.row == plan.num_samples
     taking = idle if plan.refill else idle & idle.all()
     row = next_row + jnp.cumsum(taking, dtype=jnp.int32) - 1
-    taking &= row < plan.num_samples
+    taking &= row < job.count
     begun = _begin(plan, job, jnp.where(taking, row, plan.num_samples))
     choose = lambda new, old: jnp.where(taking.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
     return progress._replace(lanes=jax.tree.map(choose, begun, lanes), next_row=next_row + taking.sum(dtype=jnp.int32))

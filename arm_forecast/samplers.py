@@ -188,10 +188,10 @@ def draw(
     for start in range(0, n, chunk):
         ids = np.arange(start, start + chunk)
         known = given[np.minimum(ids, len(given) - 1)]
-        # The last chunk is drawn whole, as another shape would be another program to compile. What is not wanted of it
-        # is all given, so that no call waits for it.
-        known[ids >= n] = 0
-        parts.append(jax.device_get(some(arm.params, key, given=known, first_id=start, temperature=temperature)))
+        # The last chunk has the shape of the others, as another would be another program to compile.
+        wanted = {} if sampler.name == "cached" else {"count": min(chunk, n - start)}
+        samples = some(arm.params, key, given=known, first_id=start, temperature=temperature, **wanted)
+        parts.append(jax.device_get(samples))
         report(min(start + chunk, n))
     joined = {name: np.concatenate([getattr(part, name) for part in parts])[:n] for name in Samples._fields[:-1]}
     return Samples(**joined, network_calls=sum(int(part.network_calls) for part in parts))  # pyright: ignore

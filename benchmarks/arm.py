@@ -1,6 +1,7 @@
 """The PixelCNN network alone: one image forward, and one training step. A JSON line a case.
 
     taskset -c 0 python benchmarks/arm.py
+    python benchmarks/arm.py --memory --output=categorical --batch=64    # what a training step needs; runs nothing
 
 The defaults are PixelCNN++ as published (5 resnets, 162 filters, a mixture of 10 logistics, 55 M parameters), on one
 thread. `cpu_seconds` is the least processor time of three after compilation, which other work on the machine disturbs
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--channels", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--memory", action="store_true")
     arguments = parser.parse_args()
     grid = Grid(arguments.size, arguments.size, arguments.channels, 2**arguments.bits)
     network = NetworkConfig(
@@ -42,9 +44,8 @@ def main() -> None:
     train = OptimConfig("adam", 2e-4)
     config = ArmStageConfig(network, train, TrainConfig(arguments.batch, 1))
     model, optimizer = arm_stage.make(config, grid, "image"), optim.optimizer(train, 1)
-    params, _ = jax.jit(model.init)(jax.random.key(0))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    about = {"parameters": parameters, **vars(arguments)}
+    shapes, _ = jax.eval_shape(model.init, jax.random.key(0))
+    about = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)), **vars(arguments)}
 
     def batch(size: int) -> dict[str, jax.Array]:
         shape = (size, grid.height, grid.width, grid.channels)
@@ -56,11 +57,24 @@ def main() -> None:
         updates, moments = optimizer.update(jax.grad(loss)(params), moments, params)
         return jax.tree.map(jnp.add, params, updates), moments
 
+    if arguments.memory:
+        state = shapes, jax.eval_shape(optimizer.init, shapes)
+        figures = _memory(step, *state, jax.eval_shape(lambda: batch(arguments.batch)))
+        print(json.dumps({"case": "memory of a training step", **about, **figures}), flush=True)
+        return
+    params, _ = jax.jit(model.init)(jax.random.key(0))
     forward = jax.jit(lambda params, batch: model.measure(params, {}, batch, jax.random.key(2)).parts["nats"])
     print(json.dumps({"case": "forward, one image", **about, **_measure(forward, params, batch(1))}), flush=True)
     moments = jax.jit(optimizer.init)(params)
     figures = _measure(jax.jit(step), params, moments, batch(arguments.batch))
     print(json.dumps({"case": "training step", **about, **figures}), flush=True)
+
+
+def _memory(function, *shapes) -> dict[str, float]:
+    """As the compiler plans it for this kind of device: parameters, moments and batch; all else at its peak."""
+    planned = jax.jit(function, donate_argnums=(0, 1)).lower(*shapes).compile().memory_analysis()
+    gib = lambda size: round(size / 2**30, 2)
+    return {"state_gib": gib(planned.argument_size_in_bytes), "temporary_gib": gib(planned.temp_size_in_bytes)}
 
 
 def _measure(function, *inputs) -> dict[str, float]:

@@ -123,6 +123,14 @@ def create(run: Run) -> list[str]:
         raise InputError(f"cannot write to {run.workdir}: {error.strerror}; use another --workdir") from error
 
 
+def keep_free_keys(run: Run) -> None:
+    """Writes the config of a complete run where free keys have other values, such as those of `sampling`."""
+    path = run.workdir / "config.json"
+    now = config_lib.to_plain(run.config)
+    if jax.process_index() == 0 and read_json(path) != now:
+        write_json(path, now)
+
+
 def open_run(workdir: str | os.PathLike[str], paths: Mapping[str, str] = {}) -> Run:
     """The run in an existing folder; `InputError` when it is none. `paths`: other values of `PATH_KEYS`."""
     folder = place(workdir)

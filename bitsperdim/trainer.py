@@ -62,6 +62,7 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", 
             for stage in chosen:
                 if _record_of_sources(run, stage).exists():  # not of what extracts, nor of published weights
                     check_sources(run, stage, _sources(run, stage))
+            run_lib.keep_free_keys(run)
             run_lib.say(f"{run.workdir} is complete: nothing left to do")
             return run
         for stage in chosen:

@@ -2,8 +2,8 @@
 
     python train.py --config=configs/arm_latent_cifar10.py --config.data.data_dir=$HOME/tensorflow_datasets
 
-Meant for: one GPU or TPU core; `:cpu` for two CPU cores.
-Reach: the paper's figures are in its tables, which were not at hand.
+Meant for: one GPU or TPU core; `:cpu` for one CPU core, about forty minutes.
+Reach: the supplement gives settings, no figures.
 Variants: cpu (small), tiny (seconds; for tests).
 """
 

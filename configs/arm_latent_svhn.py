@@ -3,7 +3,7 @@
     python train.py --config=configs/arm_latent_svhn.py --config.data.data_dir=$HOME/tensorflow_datasets
 
 Meant for: one GPU or TPU core.
-Reach: the paper's figures are in its tables, which were not at hand.
+Reach: the supplement gives settings, no figures.
 Variants: tiny (seconds; for tests).
 """
 

@@ -2,8 +2,8 @@
 
     python train.py --config=configs/arm_svhn.py --config.data.data_dir=$HOME/tensorflow_datasets
 
-Meant for: one GPU or TPU core with 16 GB.
-Reach: the paper's likelihood is in its tables, which were not at hand.
+Meant for: one GPU or TPU core, as `arm_cifar10`.
+Reach: the supplement gives settings, no likelihood.
 Variants: tiny (seconds; for tests).
 """
 

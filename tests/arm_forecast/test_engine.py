@@ -190,6 +190,16 @@ def test_samples_and_calls_do_not_depend_on_batch_and_refilling(truth, batch, re
         assert samples.network_calls == lockstep
     elif batch < 10:
         assert samples.network_calls < lockstep
+    for count in (1, 5, 9):
+        some = draw(MODEL, NOISE, count=count)
+        np.testing.assert_array_equal(some.x[:count], truth[:count])
+        np.testing.assert_array_equal(some.x[count:], 0)
+        np.testing.assert_array_equal(some.calls, np.where(np.arange(10) < count, calls, 0))
+        # No call waits for those that are not wanted.
+        busy_until = [0] * batch
+        for taken in calls[:count]:
+            busy_until[np.argmin(busy_until)] += taken
+        assert some.network_calls == max(busy_until) or not refill
 
 
 @pytest.mark.parametrize("window, stride", [(1, 1), (3, 3), (4, 2), (8, 4)])
