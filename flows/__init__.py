@@ -4,7 +4,8 @@ Source: Ma et al. 2019, MaCow: Masked Convolutional Generative Flow; Kingma & Dh
 """
 
 from flows.config import Config
+from flows.importer import imported
 from flows.sampling import load
 from flows.stages import report, stages
 
-__all__ = ["Config", "load", "report", "stages"]
+__all__ = ["Config", "imported", "load", "report", "stages"]
