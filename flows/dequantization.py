@@ -30,6 +30,8 @@ class Dequantizer(NamedTuple):
     draw: Callable[[PyTree, UInt8[Array, "b h w c"], Key[Array, "k b"]], tuple[Array, Array]]
     # (params, images, keys [b]) -> params for a data-dependent start, and u under them
     init_from_batch: Callable[[PyTree, UInt8[Array, "b h w c"], Key[Array, " b"]], tuple[PyTree, Array]]
+    # (params, e [k, b, h, w, c], features of the encoder) -> as `draw`, from given Gaussian noise
+    from_normal: Callable[[PyTree, Float[Array, "k b h w c"], Array], tuple[Array, Array]] | None = None
 
 
 def uniform() -> Dequantizer:
@@ -79,7 +81,7 @@ def variational(config: DequantizationConfig, channels: int, levels: int, scan: 
         of_flow, latents = flow.init_from_batch(params["flow"], normals(keys, images.shape[1:]), features)
         return {"flow": of_flow, "encoder": of_encoder}, to_noise(layers.pack(config.flow, latents))
 
-    return Dequantizer(init, draw, init_from_batch)
+    return Dequantizer(init, draw, init_from_batch, from_normal)
 
 
 def to_noise(v: Float[Array, "..."]) -> Float[Array, "..."]:
