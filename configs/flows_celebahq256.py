@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def _glow(config: ConfigDict) -> ConfigDict:
     flow = {"kind": "glow", "steps": ((32,),) * 6, "widths": (512,) * 6, "factor": 2, "memory": "reversible"}
-    config.model.flow = ConfigDict(flow | {"affine": False})
+    config.model.flow = ConfigDict(flow | {"affine": False, "prior_affine": False})
     return config
 
 

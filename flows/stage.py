@@ -25,6 +25,7 @@ NUM_PICTURES = 16
 
 
 def stage(config: Config) -> Stage:
+    """The stage; evaluate.py measures it with more noise samples than an evaluation during training."""
     measured = config.model.measured_samples
     return Stage(
         "model",
