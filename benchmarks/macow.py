@@ -109,7 +109,9 @@ def sample(arguments: argparse.Namespace) -> None:
 def started(model: density.Density, about: Facts) -> dict:
     """Parameters after the data-dependent start on 8 images."""
     options = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
-    begun = jax.jit(lambda *batch: model.init_from_batch(model.init(jax.random.key(0)), *batch), compiler_options=options)
+    begun = jax.jit(
+        lambda *batch: model.init_from_batch(model.init(jax.random.key(0)), *batch), compiler_options=options
+    )
     return begun(*batch_of(about, 8))
 
 
@@ -164,7 +166,9 @@ def parameters(arguments: argparse.Namespace) -> None:
         params = jax.eval_shape(density.make(config.model, about).init, jax.random.key(0))
         count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
         figures = {"flow": count(params["flow"]), "dequantizer": count(params["dequantizer"])}
-        print(json.dumps({"config": name, **figures, "total": count(params), "table_4_millions": published}), flush=True)
+        print(
+            json.dumps({"config": name, **figures, "total": count(params), "table_4_millions": published}), flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -29,14 +29,18 @@ class FlowConfig:
     kernel: tuple[int, int] = (2, 3)  # of the masked convolutions: lines, across
     affine: bool = True  # False: additive steps, without scales
     prior_affine: bool = True  # of the couplings before a split
-    memory: str = "plain"  # what gradients keep of a step: 'plain' all, 'remat' its input, 'reversible' ('glow') nothing
+    memory: str = (
+        "plain"  # what gradients keep of a step: 'plain' all, 'remat' its input, 'reversible' ('glow') nothing
+    )
 
     def __post_init__(self) -> None:
         one_of(self, kind=("macow", "glow"), memory=("plain", "remat", "reversible"))
         if len(self.steps) < 1 or any(len(level) < 1 or min(level) < 1 for level in self.steps):
             raise ValueError(f"steps must name one or more numbers of steps for each level, not {self.steps}")
         if len(self.widths) != len(self.steps) or min(self.widths) < 1:
-            raise ValueError(f"widths must be {len(self.steps)} positive numbers, one for each level, not {self.widths}")
+            raise ValueError(
+                f"widths must be {len(self.steps)} positive numbers, one for each level, not {self.widths}"
+            )
         ends = {len(self.steps) - 1} | ({0} if self.kind == "macow" else set())
         for i, level in enumerate(self.steps):
             most = 1 if i in ends else self.factor - 1
@@ -92,7 +96,9 @@ class ModelConfig:
         at_least(self, 0, "shift")
         for key in ("samples", "measured_samples"):
             if getattr(self, key) > self.chunk and getattr(self, key) % self.chunk:
-                raise ValueError(f"{key} must be a multiple of chunk={self.chunk}, or smaller, not {getattr(self, key)}")
+                raise ValueError(
+                    f"{key} must be a multiple of chunk={self.chunk}, or smaller, not {getattr(self, key)}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

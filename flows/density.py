@@ -92,7 +92,9 @@ def make(config: ModelConfig, about: Facts) -> Density:
 def check(config: ModelConfig, about: Facts) -> None:
     """Raises InputError where the images cannot be halved as often as the flows do."""
     height, width, _ = about.shape
-    flows = {"flow": config.flow} | ({"dequantization.flow": config.dequantization.flow} if config.dequantization else {})
+    flows = {"flow": config.flow} | (
+        {"dequantization.flow": config.dequantization.flow} if config.dequantization else {}
+    )
     for name, flow in flows.items():
         factor = 2**flow.num_halvings
         if height % factor or width % factor:

@@ -52,7 +52,9 @@ def masked_conv(
         return found
 
     def forward(params: PyTree, x: Array, condition: Condition) -> tuple[Array, LogDet]:
-        y, log_det = transform.forward(_net(params, oriented(x, order), _bias(params, condition, order)), oriented(x, order))
+        y, log_det = transform.forward(
+            _net(params, oriented(x, order), _bias(params, condition, order)), oriented(x, order)
+        )
         return restored(y, order), log_det
 
     def inverted(params: PyTree, y: Array, condition: Condition) -> tuple[Array, LogDet]:
@@ -99,7 +101,9 @@ def by_lines(
     flat = kernel.reshape(-1, kernel.shape[-1])
     head = params["conv1x1"]["kernel"][0, 0]
 
-    def step(window: tuple[Array, ...], line: tuple[Array, Array | None]) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+    def step(
+        window: tuple[Array, ...], line: tuple[Array, Array | None]
+    ) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
         own, own_bias = line
         taps = [padded[:, k : k + across] for padded in window for k in range(width)]
         h = jnp.concatenate(taps, -1).reshape(batch * across, -1) @ flat + params["conv"]["bias"]

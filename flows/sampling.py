@@ -37,6 +37,7 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         return bounds.renyi(model.log_weights(params, image, keys, samples)[0], 0.0)
 
     encoded = jax.jit(lambda params, image, keys: model.encode(params, model.noisy(params, image, keys)))
+
     @jax.jit
     def decoded(params: PyTree, latents: Latents) -> Array:
         return dequantize.to_levels(model.decode(params, latents), about.levels)

@@ -107,7 +107,6 @@ def _begin(run: Run, mesh: Mesh) -> dict[str, PyTree]:
     return {"params": params, "ema": jax.tree.map(jnp.copy, params)}
 
 
-
 def _pictures(run: Run, mesh: Mesh) -> Pictures:
     """Samples, always of the same noise, at the temperatures of the released code."""
     model, about = density.make(run.config.model, facts.of_run(run)), facts.of_run(run)

@@ -184,7 +184,18 @@ def gradients():
     return of
 
 
-@pytest.mark.parametrize("how", [(True, "plain"), (False, "remat"), (True, "remat"), (True, "reversible")])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        (True, "reversible"),
+        (False, "remat"),
+        pytest.param((True, "plain"), marks=SLOW),
+        pytest.param((True, "remat"), marks=SLOW),
+    ],
+)
 def test_gradients_are_the_same_however_steps_are_computed(gradients, how):
     for found, expected in zip(*(jax.tree.leaves(gradients(*case)) for case in (how, (False, "plain"))), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
@@ -198,7 +209,9 @@ def test_a_reversible_gradient_reaches_the_condition():
         y, log_det = repeat(one, 2, True, memory).forward_and_log_det(params, x, condition)
         return jnp.square(y).sum() - log_det.sum()
 
-    found, expected = (jax.jit(jax.grad(loss), static_argnums=1)(condition, memory) for memory in ("reversible", "plain"))
+    found, expected = (
+        jax.jit(jax.grad(loss), static_argnums=1)(condition, memory) for memory in ("reversible", "plain")
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 

@@ -7,7 +7,13 @@ import pytest
 from flows import actnorm, conv1x1, convert, coupling, layers, masked_conv, squeeze
 from flows.layers import Shape
 
-MASKED = [*(f"a_mcf_{order}" for order in "ABCD"), "a_mcf_A_cond", "a_mcf_D_cond", "a_mcf_B_additive", "a_mcf_C_additive"]
+MASKED = [
+    *(f"a_mcf_{order}" for order in "ABCD"),
+    "a_mcf_A_cond",
+    "a_mcf_D_cond",
+    "a_mcf_B_additive",
+    "a_mcf_C_additive",
+]
 COUPLINGS = [f"d_coupling_{kind}" for kind in ("f2", "f3", "f4", "f2_odd3", "f2_additive", "f2_cond")]
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import bitsperdim
-from bitsperdim import cli, data, rng, sharding, trainer
+from bitsperdim import adopt, cli, data, rng, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.metrics import read
-from flows import convert, density, facts, latents, layers
+from flows import convert, density, facts, imported, latents, layers
 from flows.facts import Facts
 
 
@@ -37,7 +37,8 @@ def loaded(run):
 
 @pytest.fixture(scope="module")
 def images():
-    return data.open_source(config_of().data and run_lib.parse(config_of())[1].data, "evaluation").read(np.arange(6))["image"]
+    _, config = run_lib.parse(config_of())
+    return data.open_source(config.data, "evaluation").read(np.arange(6))["image"]
 
 
 def test_it_learns_and_every_figure_says_what_it_is(run):
@@ -55,7 +56,7 @@ def test_it_learns_and_every_figure_says_what_it_is(run):
     assert training["bits_per_dim"] == pytest.approx(bound, abs=0.05)
 
 
-def test_reconstructions_are_the_images_and_latents_are_normal_enough(loaded, images):
+def test_reconstructions_are_the_images(loaded, images):
     np.testing.assert_array_equal(loaded.reconstruct(images), images)
     found = loaded.encode(images)
     assert [latent.shape for latent in found] == [(6, 4, 4, 4)]
@@ -100,25 +101,25 @@ def test_the_start_on_eight_devices_is_that_on_one(tmp_path):
     config = config_of("variational")
     run = run_lib.check(tmp_path / "run", config)
     stage = run.stage("model")
-    alone = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    alone = jax.make_mesh(
+        (1, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:1]
+    )
     meshes = (sharding.make_mesh(run.config.mesh), alone)
     eight, one = (jax.device_get(stage.begin(run, mesh)["params"]) for mesh in meshes)
     for ours, theirs in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    # Its images have noise: latents of them, and not of the bare ones, have zero mean where the last map is actnorm.
+    # And it is a start: every scale has moved.
     model = density.make(run.config.model, facts.of_run(run))
     fresh = jax.jit(model.init)(rng.for_purpose(jax.random.key(run.seed("model")), "init"))
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), eight, jax.device_get(fresh))
     assert min(jax.tree.leaves(moved["flow"]["level0"]["steps0"]["unit0"]["actnorm1"])) > 0.01
 
 
+@pytest.mark.slow
 def test_a_published_state_dict_becomes_a_run(golden, tmp_path):
     arrays = golden("flows/e_vdq_16_L2")
     state = {name.removeprefix("param/"): value for name, value in arrays.items() if name.startswith("param/")}
     np.savez(tmp_path / "weights.npz", **{f"module.{name}": value for name, value in state.items()})
-    from bitsperdim import adopt
-    from flows import imported
-
     run = adopt.adopt(tmp_path / "run", imported(str(tmp_path / "weights.npz"), 16))
     assert run.config.model.flow.widths == (8, 16) and run.config.model.dequantization.condition_channels == 4
     params = trainer.restore(run, "model", sharding.make_mesh(run.config.mesh))[1]["ema"]
@@ -166,4 +167,6 @@ def test_the_run_keeps_what_sampling_needs(run):
     assert json.loads((run.workdir / "model" / "data.json").read_text()) == {"shape": [8, 8, 1], "levels": 17}
     names = {path.name for path in (run.workdir / "model" / "images").iterdir()}
     assert {"samples_0.7-00000060.png", "samples_1.0-00000060.png"} <= names
-    assert jnp.isfinite(jnp.asarray([line.get("objective", 0.0) for line in read(run.workdir / "model" / "metrics.jsonl")])).all()
+    assert jnp.isfinite(
+        jnp.asarray([line.get("objective", 0.0) for line in read(run.workdir / "model" / "metrics.jsonl")])
+    ).all()
