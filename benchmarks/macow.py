@@ -81,7 +81,7 @@ def train(arguments: argparse.Namespace) -> None:
         moments = jax.jit(optimizer.init)(params)
 
         def step(params, moments, images, keys, model=model, optimizer=optimizer):
-            loss = lambda params: -model.log_weights(params, images, keys, config.model.samples)[0].mean()
+            loss = lambda params: -model.log_weights(params, images, keys, 1)[0].mean()
             updates, moments = optimizer.update(jax.grad(loss)(params), moments, params)
             return jax.tree.map(jnp.add, params, updates), moments
 

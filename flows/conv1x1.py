@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from flows import convolution
 from flows.bijector import Bijector, Condition, LogDet
 from flows.convolution import Params
 
@@ -48,7 +49,7 @@ def prepared(params: PyTree, with_inverse: bool) -> PyTree:
 
 
 def _per_pixel(matrix: Float[Array, "d c"], x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-    return (x.reshape(-1, x.shape[-1]) @ matrix.T).reshape(x.shape)
+    return convolution.matmul(x, matrix.T)
 
 
 def _log_abs_det(matrix: Float[Array, "*n c c"]) -> Float[Array, "*n"]:

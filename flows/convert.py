@@ -2,7 +2,7 @@
 
 There kernels are OIHW (transposed ones IOHW) under `weight_v` with the gain in `weight_g`, steps have numbers, and each
 order of a masked convolution has its kernel as the image lies; here kernels are HWIO, like steps are stacked, and all
-orders have the kernels of order A (`masked_conv.py`). `weight_inv`, the cached inverse of a 1x1 matrix, is no parameter.
+orders have the kernels of order A (`masked_conv.py`). `weight_inv`, a cached inverse of a 1x1 matrix, is no parameter.
 Not here: reading the file (`bitsperdim/adopt.py`).
 """
 

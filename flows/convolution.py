@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 Params = dict[str, Array]
+# Of all products: a flow must be undone, so that the fewer digits of accelerators' fast products are too few.
+PRECISION = "highest"
 INIT_DEVIATION = 0.05  # of the directions, and of actnorm's log-scales
 EPSILON = 1e-6  # beside the deviations of data-dependent starts: a constant channel would ask for an infinite scale
 
@@ -79,12 +81,13 @@ def convolve(
     height, width, inputs, outputs = kernel.shape
     if jax.default_backend() != "cpu":
         padding = [(before[0], height - 1 - before[0]), (before[1], width - 1 - before[1])]
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    shifts = [(before[0] - k, before[1] - l) for k in range(height) for l in range(width)]
+        options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": PRECISION}
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, **options)
+    shifts = [(before[0] - k, before[1] - j) for k in range(height) for j in range(width)]
     if inputs <= outputs:
         patches = jnp.concatenate([_shifted(x, shift) for shift in shifts], -1) if len(shifts) > 1 else x
-        return _matmul(patches, kernel.reshape(-1, outputs))
-    products = _matmul(x, kernel.transpose(2, 0, 1, 3).reshape(inputs, -1))
+        return matmul(patches, kernel.reshape(-1, outputs))
+    products = matmul(x, kernel.transpose(2, 0, 1, 3).reshape(inputs, -1))
     if len(shifts) == 1:
         return products
     parts = jax.lax.split(products, [outputs] * len(shifts), 3)
@@ -99,6 +102,8 @@ def _shifted(x: Float[Array, "b h w c"], by: Sequence[int]) -> Float[Array, "b h
     return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((n, -n, 0) for n in by), (0, 0, 0)])
 
 
-def _matmul(x: Float[Array, "b h w c"], matrix: Float[Array, "c d"]) -> Float[Array, "b h w d"]:
+def matmul(x: Float[Array, "... c"], matrix: Float[Array, "c d"]) -> Float[Array, "... d"]:
+    """x times a matrix, for every pixel."""
     # Two-dimensional, since XLA's CPU backend passes only such products on to its fast kernels.
-    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
+    flat = jnp.matmul(x.reshape(-1, x.shape[-1]), matrix, precision=PRECISION)
+    return flat.reshape(*x.shape[:-1], matrix.shape[-1])

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
 from bitsperdim import dequantize
@@ -26,7 +25,7 @@ class Density(NamedTuple):
     """Pure functions of the parameters {'flow', 'dequantizer'}. Images are levels, y = x + u in units of a level."""
 
     init: Callable[[Key[Array, ""]], PyTree]
-    # (params, images, example keys, samples) -> log w = log p(x + u) - log q(u | x) and log q(u | x), [samples, b], nats
+    # (params, images, example keys, samples) -> log w = log p(x + u) - log q(u | x), and log q(u | x), in nats
     log_weights: Callable[..., tuple[Float[Array, "k b"], Float[Array, "k b"]]]
     # (params, images, example keys) -> params whose scales suit these images
     init_from_batch: Callable[[PyTree, UInt8[Array, "b h w c"], Key[Array, " b"]], PyTree]
@@ -66,7 +65,6 @@ def make(config: ModelConfig, about: Facts) -> Density:
             y = (images + u).reshape(-1, *images.shape[1:])
             return log_prob(params, y).reshape(log_q.shape) - log_q, log_q
 
-        # Of parameters that are the same for all samples.
         log_w, log_q = bounds.in_chunks(some, samples, config.chunk)
         return log_w, log_q
 

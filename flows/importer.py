@@ -2,8 +2,6 @@
 
 import dataclasses
 
-from ml_collections import ConfigDict
-
 from bitsperdim import adopt, cli
 from bitsperdim.adopt import Imported, Weights
 from bitsperdim.config import to_plain
@@ -21,8 +19,7 @@ def imported(path: str, image_size: int) -> Imported:
     config = cli.load_config("flows_cifar10")
     # It is complete as it is; more steps go on from here.
     config.update_from_flattened_dict({"data.image_size": image_size, "data.bits": bits, "train.steps": 1})
-    config.model.flow = ConfigDict(dataclasses.asdict(flow))
-    if noise is not None:
-        config.model.dequantization = ConfigDict(to_plain(noise))
+    sections = {"flow": dataclasses.asdict(flow)} | ({} if noise is None else {"dequantization": to_plain(noise)})
+    config.update({"model": sections})
     facts = {"shape": [image_size, image_size, 3], "levels": 2**bits}
     return Imported(config, {"model": Weights(params, {}, facts)})

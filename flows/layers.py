@@ -158,12 +158,12 @@ def multi_scale(config: FlowConfig, channels: int, condition_channels: int, scan
 
     def inverted(params: PyTree, latents: tuple[Array, ...], condition: Condition) -> tuple[Array, LogDet]:
         params = prepared(params, with_inverse=True)
-        *latents, x = latents
+        latents, x = latents[:-1], latents[-1]
         total = zero_log_det(x)
         for i, own in reversed(list(enumerate(squeezed_condition(condition)))):
             count = num_splits(config, i)
             found, latents = latents[len(latents) - count :], latents[: len(latents) - count]
-            x, log_det = levels[i].inverse_and_log_det(params[f"level{i}"], (tuple(found), x), own)
+            x, log_det = levels[i].inverse_and_log_det(params[f"level{i}"], (found, x), own)
             x, total = squeeze.unsqueeze(x) if squeezes[i] else x, total + log_det
         return x, total
 

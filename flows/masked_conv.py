@@ -1,7 +1,7 @@
 """The masked convolution of MaCow: an autoregressive bijector over whole rows, or columns, of an image.
 
 Source: Ma et al. 2019 (MaCow), as its released code has it. Nothing is masked: a shifted convolution never sees the
-current line, so that all pixels of a line are transformed at once. The four orders are one routine on reoriented images:
+current line, so that all pixels of a line are transformed at once. The four orders are one routine on turned images:
 A sees the rows above, B the rows below, C the columns to the left, D the columns to the right. Kernels are kept as
 those of A, [lines, across, c, d], tap 0 the line furthest away.
 Not here: how the released code lays out its kernels (`convert.py`).
@@ -95,7 +95,7 @@ def by_lines(
     params: PyTree, y: Float[Array, "b h w c"], bias: Float[Array, "b h w d"] | None
 ) -> tuple[Float[Array, "b h w c"], LogDet]:
     """The inverse, line by line in one compiled loop that carries the window of the last lines."""
-    batch, lines, across, channels = y.shape
+    batch, _, across, channels = y.shape
     kernel = params["conv"]["kernel"]
     height, width = kernel.shape[:2]
     flat = kernel.reshape(-1, kernel.shape[-1])
@@ -106,9 +106,9 @@ def by_lines(
     ) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
         own, own_bias = line
         taps = [padded[:, k : k + across] for padded in window for k in range(width)]
-        h = jnp.concatenate(taps, -1).reshape(batch * across, -1) @ flat + params["conv"]["bias"]
-        h = h if own_bias is None else h + own_bias.reshape(h.shape)
-        net = (jax.nn.elu(h) @ head + params["conv1x1"]["bias"]).reshape(batch, across, -1)
+        h = convolution.matmul(jnp.concatenate(taps, -1), flat) + params["conv"]["bias"]
+        h = h if own_bias is None else h + own_bias
+        net = convolution.matmul(jax.nn.elu(h), head) + params["conv1x1"]["bias"]
         x, log_det = transform.inverse(net, own)
         return (*window[1:], _padded(x, width)), (x, log_det)
 
@@ -157,7 +157,8 @@ def _shifted_conv(x: Float[Array, "b h w c"], params: convolution.Params) -> Flo
     height, width = params["kernel"].shape[:2]
     if jax.default_backend() == "cpu":
         return convolution.convolve(x, params["kernel"], (height, width // 2)) + params["bias"]
-    return causal.shift_down(causal.causal_conv(x, params["kernel"], width // 2)) + params["bias"]
+    with jax.default_matmul_precision(convolution.PRECISION):
+        return causal.shift_down(causal.causal_conv(x, params["kernel"], width // 2)) + params["bias"]
 
 
 def _padded(line: Float[Array, "b w c"], width: int) -> Float[Array, "b v c"]:

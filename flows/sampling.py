@@ -68,8 +68,8 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         return in_batches(lambda x, keys: encoded(params(), x, keys), checked(images, about), key)
 
     def decode(latents: Latents) -> UInt8[np.ndarray, "n h w c"]:
-        latents = _checked_latents(latents, model.latent_shapes)
-        return in_batches(lambda z, _: decoded(params(), z), latents, None)
+        given = _checked_latents(latents, model.latent_shapes)
+        return in_batches(lambda z, _: decoded(params(), z), given, None)
 
     def in_batches(function: Callable, rows: PyTree, key: Key[Array, ""] | None) -> Any:
         """`function(rows, keys)` of at most `size` rows at a time; the last batch is filled up."""
@@ -98,7 +98,7 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         return np.concatenate(found)[:n], about_it | {"round_trip_error": float(np.concatenate(errors)[:n].max())}
 
     def reconstruct(images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
-        """Encoded and decoded again: equal to the images while the round trip is exact to within the noise, for the flow
+        """Encoded and decoded again: equal to the images while the round trip is exact to within the noise, for a flow
         is a bijection. Where it is not, the largest error is said."""
         found, errors = in_batches(lambda x, keys: round_trip(params(), x, keys), checked(images, about), None)
         if (found != images).any():
@@ -133,7 +133,7 @@ def checked(images: UInt8[np.ndarray, "n h w c"], about: Facts) -> UInt8[np.ndar
     return images
 
 
-def _checked_latents(latents: Latents, shapes: tuple[tuple[int, ...], ...]) -> Latents:
+def _checked_latents(latents: Latents, shapes: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, ...]:
     found = tuple(np.asarray(latent) for latent in latents)
     if [latent.shape[1:] for latent in found] != list(shapes) or len({len(latent) for latent in found}) > 1:
         raise InputError(

@@ -4,7 +4,6 @@ The order of channels is that of MaCow's released code, offset-major: channel (2
 channel c of the pixel at offset (dy, dx) of its 2x2 block. Glow's and TensorFlow's space-to-depth differ.
 """
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 

@@ -103,7 +103,7 @@ def test_noise_never_leaves_its_level(levels):
 
 
 def test_drawn_noise_has_the_density_that_it_claims(x64):
-    """E_q[1 / q(u | x)] = 1, the volume of the unit cube, where q reaches all of it: few dimensions, mild parameters."""
+    """E_q[1 / q(u | x)] = 1, the volume of the unit cube, where q reaches all of it."""
     dequantizer = dequantization.variational(NOISE, 1, 4, False)
     params = parameters(dequantizer)
     image = jnp.array([[[[1], [3]]]], jnp.uint8)

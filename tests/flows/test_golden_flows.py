@@ -44,11 +44,11 @@ def whole(request, macow):
         assert not case.state.unused()
         flow = flow_of(config)
         forward = jax.jit(lambda params, z: log_prob(flow, params, z))
-        yield request.param, case, config, params, forward, jax.jit(flow.inverse_and_log_det)
+        yield case, config, params, forward, jax.jit(flow.inverse_and_log_det)
 
 
 def test_latents_and_likelihood(x64, whole):
-    name, case, config, params, forward, inverse = whole
+    case, config, params, forward, inverse = whole
     z, levels = input_of(case, np.float64)
     nats, (latents, log_det) = forward(params, z)
     np.testing.assert_allclose(layers.pack(config, latents), case.array("z"), rtol=1e-9, atol=1e-9)
@@ -64,7 +64,7 @@ def test_latents_and_likelihood(x64, whole):
 
 
 def test_samples(x64, whole):
-    name, case, config, params, forward, inverse = whole
+    case, config, params, _, inverse = whole
     if "sample_z" not in case.arrays:
         pytest.skip("sampling overflows with the parameters of this stress test")
     bits = case.config["n_bits"]
@@ -81,7 +81,7 @@ def test_samples(x64, whole):
 @pytest.mark.slow
 def test_gradients(x64, whole):
     """With our parameters as functions of theirs, of which the gradients are known."""
-    name, case, config, params, forward, inverse = whole
+    case, config, params, _, _ = whole
     z, _ = input_of(case, np.float64)
     loss = lambda params, z: -log_prob(flow_of(config), params, z)[0].mean()
     value, (of_params, of_z) = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, z)

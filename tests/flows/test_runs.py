@@ -93,7 +93,7 @@ def test_paths_between_images_begin_and_end_with_them(loaded, images):
 def test_one_scale_is_drawn_anew_and_the_others_stay(loaded, images):
     varied = latents.vary(loaded, images[0], -1, jax.random.key(0), 3)
     assert len(varied) == 3 and (varied[0] != varied[1]).any()
-    with pytest.raises(InputError, match="scale must lie in -1..0"):
+    with pytest.raises(InputError, match=r"scale must lie in -1\.\.0"):
         latents.vary(loaded, images[0], 1, jax.random.key(0), 1)
 
 
