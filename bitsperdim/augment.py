@@ -42,6 +42,21 @@ def flip(keys: Key[Array, " b"], images: Shaped[Array, "b h w c"]) -> Shaped[Arr
     return jax.vmap(lambda key, image: jnp.where(jax.random.bernoulli(key), image[:, ::-1], image))(keys, images)
 
 
+def shift(keys: Key[Array, " b"], images: Shaped[Array, "b h w c"], most: int) -> Shaped[Array, "b h w c"]:
+    """Each image moved by a random number of pixels from -most to most in both directions, its border mirrored.
+
+    That is a random crop of the image padded by `most` reflected pixels. `keys` as for `flip`.
+    """
+    padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="reflect")
+    window = images.shape[1:]
+
+    def one(key: Key[Array, ""], image: Shaped[Array, "H W c"]) -> Shaped[Array, "h w c"]:
+        corner = jax.random.randint(key, (2,), 0, 2 * most + 1)
+        return jax.lax.dynamic_slice(image, (*corner, 0), window)
+
+    return jax.vmap(one)(keys, padded)
+
+
 def colour(
     config: ColourConfig, key: Key[Array, ""], position: Int[Array, " b"], images: Float[Array, "b h w 3"]
 ) -> Float[Array, "b h w 3"]:

@@ -61,6 +61,7 @@ class Stage(NamedTuple):
     name: str
     needs: tuple[str, ...] = ()
     model: Callable[["Run"], Model] | None = None
+    evaluated: Callable[["Run"], Model] | None = None  # the same with a more thorough `measure`, for evaluate.py
     source: Callable[["Run", str], "Source"] | None = None  # (run, 'train' | 'evaluation' | another split to measure)
     pictures: Callable[["Run", Mesh], Pictures] | None = None
     begin: Callable[["Run", Mesh], dict[str, PyTree]] | None = None  # entries of a new state that are not fresh

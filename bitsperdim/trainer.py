@@ -147,6 +147,7 @@ def evaluate(run: Run, split: str) -> dict[str, Any]:
         source = stage.source(run, split)
         check_sources(run, stage, {split: source})
         model, state = restore(run, stage.name, mesh)
+        model = stage.evaluated(run) if stage.evaluated else model
         figures = evaluation.evaluate(
             model,
             evaluation.compiled(model, mesh),

@@ -103,3 +103,13 @@ def test_a_change_out_of_range_is_refused_by_name(name):
         augment.ColourConfig(**{name: 1.5})
     with pytest.raises(ValueError, match=r"brightness must be at least 0, not -0\.1"):
         augment.ColourConfig(brightness=-0.1)
+
+
+def test_a_shift_is_a_window_of_the_mirrored_image_and_every_place_occurs():
+    image = np.arange(5 * 6 * 2, dtype=np.uint8).reshape(1, 5, 6, 2)
+    padded = np.pad(image[0], ((2, 2), (2, 2), (0, 0)), mode="reflect")
+    windows = {padded[i : i + 5, j : j + 6].tobytes(): (i, j) for i in range(5) for j in range(5)}
+    keys = rng.per_example(jax.random.key(0), jnp.arange(300))
+    moved = np.asarray(augment.shift(keys, jnp.repeat(jnp.asarray(image), 300, 0), 2))
+    assert moved.dtype == np.uint8
+    assert {windows[one.tobytes()] for one in moved} == set(windows.values())

@@ -1,0 +1,143 @@
+"""A trained flow as functions: samples, likelihoods, latents and images from them.
+
+Not here: the density (`density.py`).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key, PyTree, UInt8
+
+from bitsperdim import dequantize, rng, sharding, trainer
+from bitsperdim import run as run_lib
+from bitsperdim.errors import InputError
+from bitsperdim.model import Loaded
+from bitsperdim.run import Run
+from flows import bounds, density, facts, stage
+from flows.density import Latents
+from flows.facts import Facts
+
+
+def load(run: Run, mesh: Mesh) -> Loaded:
+    """What can be done with a trained run. The weights are restored when they are first needed."""
+    config, about = run.config, facts.of_run(run)
+    model = density.make(config.model, about)
+    params = functools.cache(lambda: trainer.restore(run, "model", mesh)[1]["ema"])
+    size = config.sampling.batch_size
+    default_key = jax.random.key(config.seed)
+
+    @functools.partial(jax.jit, static_argnames="samples")
+    def nats(params: PyTree, image: Array, keys: Array, samples: int) -> Array:
+        return bounds.renyi(model.log_weights(params, image, keys, samples)[0], 0.0)
+
+    encoded = jax.jit(lambda params, image, keys: model.encode(params, model.noisy(params, image, keys)))
+
+    @jax.jit
+    def decoded(params: PyTree, latents: Latents) -> Array:
+        return dequantize.to_levels(model.decode(params, latents), about.levels)
+
+    @jax.jit
+    def sampled(params: PyTree, key: Array, position: Array, temperature: Array) -> tuple[Array, Array]:
+        latents = stage.normal_latents(model, rng.per_example(key, position), temperature)
+        y = model.decode(params, latents)
+        return dequantize.to_levels(y, about.levels), _largest_difference(model.encode(params, y), latents)
+
+    @jax.jit
+    def round_trip(params: PyTree, image: Array, keys: Array) -> tuple[Array, Array]:
+        y = model.noisy(params, image, keys)
+        back = model.decode(params, model.encode(params, y))
+        return dequantize.to_levels(back, about.levels), _largest_difference((back,), (y,))
+
+    def log_prob(
+        images: UInt8[np.ndarray, "n h w c"], key: Key[Array, ""] | None = None, samples: int = 1
+    ) -> Float[np.ndarray, " n"]:
+        """A bound on log P(x) in nats: importance-weighted, of so many noise samples; 1: the evidence lower bound."""
+        chunk = config.model.chunk
+        if samples < 1 or (samples > chunk and samples % chunk):
+            raise InputError(f"samples must be at most {chunk} (model.chunk), or a multiple of it, not {samples}")
+        return in_batches(lambda x, keys: nats(params(), x, keys, samples), checked(images, about), key)
+
+    def encode(images: UInt8[np.ndarray, "n h w c"], key: Key[Array, ""] | None = None) -> tuple[np.ndarray, ...]:
+        """The latents of the images with one draw of their noise, from the first split off to the top."""
+        return in_batches(lambda x, keys: encoded(params(), x, keys), checked(images, about), key)
+
+    def decode(latents: Latents) -> UInt8[np.ndarray, "n h w c"]:
+        given = _checked_latents(latents, model.latent_shapes)
+        return in_batches(lambda z, _: decoded(params(), z), given, None)
+
+    def in_batches(function: Callable, rows: PyTree, key: Key[Array, ""] | None) -> Any:
+        """`function(rows, keys)` of at most `size` rows at a time; the last batch is filled up."""
+        rows = jax.tree.map(np.asarray, rows)
+        count = len(jax.tree.leaves(rows)[0])
+        each, found = min(size, max(count, 1)), []
+        for start in range(0, max(count, 1), each):
+            places = np.minimum(np.arange(start, start + each), count - 1)
+            keys = rng.per_example(rng.for_purpose(default_key if key is None else key, "noise"), jnp.asarray(places))
+            found.append(jax.device_get(function(jax.tree.map(lambda leaf, at=places: leaf[at], rows), keys)))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *found)
+
+    def draw(
+        key: Key[Array, ""], n: int, temperature: float = config.sampling.temperature, batch_size: int = size
+    ) -> tuple[UInt8[np.ndarray, "n h w c"], dict[str, Any]]:
+        """Also the round-trip error: by how much latents differ, at most, from those of the image that they became."""
+        if not 0 <= temperature < math.inf:
+            raise InputError(f"temperature must be finite and at least 0, not {temperature}")
+        each, found, errors = sharding.whole_batch(min(batch_size, n), mesh), [], []
+        for start in range(0, n, each):
+            position = jax.device_put(np.arange(start, start + each), sharding.over_batch(mesh))
+            images, error = jax.device_get(sampled(params(), key, position, jnp.asarray(temperature, float)))
+            found.append(images)
+            errors.append(error)
+        about_it = {"temperature": temperature, "batch_size": each}
+        return np.concatenate(found)[:n], about_it | {"round_trip_error": float(np.concatenate(errors)[:n].max())}
+
+    def reconstruct(images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
+        """Encoded and decoded again: equal to the images while the round trip is exact to within the noise, for a flow
+        is a bijection. Where it is not, the largest error is said."""
+        found, errors = in_batches(lambda x, keys: round_trip(params(), x, keys), checked(images, about), None)
+        if (found != images).any():
+            run_lib.say(f"warning: reconstructions differ; the largest round-trip error is {errors.max():.2g} levels")
+        return found
+
+    return Loaded(
+        config=config,
+        levels=about.levels,
+        log_prob=log_prob,
+        draw=draw,
+        encode=encode,
+        decode=decode,
+        reconstruct=reconstruct,
+    )
+
+
+def _largest_difference(some: Latents, others: Latents) -> Float[Array, " b"]:
+    """Over all arrays, of each example."""
+    each = [jnp.abs(one - other).max((1, 2, 3)) for one, other in zip(some, others, strict=True)]
+    return jnp.stack(each).max(0)
+
+
+def checked(images: UInt8[np.ndarray, "n h w c"], about: Facts) -> UInt8[np.ndarray, "n h w c"]:
+    """The images, or InputError where they are not such as the run was trained on."""
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.shape[1:] != about.shape or images.max(initial=0) >= about.levels:
+        raise InputError(
+            f"images must be uint8 {['n', *about.shape]} with levels below {about.levels}, "
+            f"not {images.dtype} {list(images.shape)} up to {images.max(initial=0)}"
+        )
+    return images
+
+
+def _checked_latents(latents: Latents, shapes: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, ...]:
+    found = tuple(np.asarray(latent) for latent in latents)
+    if [latent.shape[1:] for latent in found] != list(shapes) or len({len(latent) for latent in found}) > 1:
+        raise InputError(
+            f"latents must be {len(shapes)} arrays of shapes {[['n', *shape] for shape in shapes]}, "
+            f"not {[list(latent.shape) for latent in found]}"
+        )
+    return found
