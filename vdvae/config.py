@@ -162,3 +162,8 @@ class Config:
                 f"sampling.temperatures must have 1 or {len(self.model.strides)} elements, "
                 f"not {self.sampling.temperatures}"
             )
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The names of the levels, deepest first: their edge over that of the deepest, which mostly has the edge 1."""
+        return tuple(str(math.prod(self.model.strides[: i + 1])) for i in range(len(self.model.strides)))

@@ -19,6 +19,7 @@ from bitsperdim.errors import InputError
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
 from vdvae import coding, facts, levels, vae
+from vdvae.config import Config
 from vdvae.vae import Vae
 
 Latents = list[Float[np.ndarray, "n h w z"]]
@@ -57,9 +58,9 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         output_temperature: float | None = None,
         batch_size: int = 0,
     ) -> tuple[UInt8[np.ndarray, "n h w c"], dict[str, Any]]:
-        """`temperature` of the prior: one number, one for each level (deepest first), or by edge: {'1': 0.9, ...},
-        where the others keep those of the config."""
-        of_levels = _temperatures(model, temperature, run.config.sampling.temperatures)
+        """`temperature` of the prior: one number, one for each level (deepest first), or by name: {'1': 0.9, ...}
+        (`config.levels`), where the others keep those of the config."""
+        of_levels = _temperatures(run.config, temperature)
         chosen = run.config.sampling.output_temperature if output_temperature is None else output_temperature
         of_layers = coding.by_layer(model, of_levels)
         size = batch_size or run.config.sampling.batch_size
@@ -79,23 +80,22 @@ def load(run: Run, mesh: Mesh) -> Loaded:
     )
 
 
-def _temperatures(
-    model: Vae, given: float | Sequence[float] | Mapping[str, float] | None, default: tuple[float, ...]
-) -> tuple[float, ...]:
+def _temperatures(config: Config, given: float | Sequence[float] | Mapping[str, float] | None) -> tuple[float, ...]:
     """One for each level. Raises InputError for levels that there are not."""
-    count = len(model.net.levels)
-    default = default * count if len(default) == 1 else default
+    names, default = config.levels, config.sampling.temperatures
+    default = default * len(names) if len(default) == 1 else default
     if given is None:
         return default
     if isinstance(given, Mapping):
-        edges = {str(level.height): i for i, level in enumerate(model.net.levels)}
-        if unknown := set(given) - set(edges):
-            raise InputError(f"temperature of '{sorted(unknown)[0]}': the levels are {', '.join(edges)}")
-        return tuple(given.get(str(level.height), t) for level, t in zip(model.net.levels, default, strict=True))
+        if unknown := sorted(set(given) - set(names)):
+            raise InputError(f"temperature of '{unknown[0]}': the levels are {', '.join(dict.fromkeys(names))}")
+        return tuple(given.get(name, t) for name, t in zip(names, default, strict=True))
     values = (float(given),) if isinstance(given, int | float) else tuple(float(t) for t in given)
-    if len(values) not in (1, count) or not all(0 <= t < math.inf for t in values):
-        raise InputError(f"temperature must be at least 0, one number or one for each of {count} levels, not {given}")
-    return values * count if len(values) == 1 else values
+    if len(values) not in (1, len(names)) or not all(0 <= t < math.inf for t in values):
+        raise InputError(
+            f"temperature must be at least 0, one number or one for each of {len(names)} levels, not {given}"
+        )
+    return values * len(names) if len(values) == 1 else values
 
 
 def _checked(model: Vae, images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
