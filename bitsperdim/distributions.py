@@ -100,7 +100,8 @@ def logistic_mixture(
     """
     mixtures, rest = divmod(raw.shape[-1], mixture_outputs(channels, 1))
     if rest or not mixtures:
-        raise ValueError(f"{raw.shape[-1]} outputs do not divide into {mixture_outputs(channels, 1)} for each component")
+        each = mixture_outputs(channels, 1)
+        raise ValueError(f"{raw.shape[-1]} outputs do not divide into {each} for each component")
     raw = _real(raw)
     kinds = 3 if channels == 3 else 2
     end = mixtures * (1 + kinds * channels)

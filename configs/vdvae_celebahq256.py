@@ -2,7 +2,7 @@
 
     python train.py --config=configs/vdvae_celebahq256.py:unbounded --config.data.data_dir=$HOME/tensorflow_datasets
 
-The last tenth of the 30,000 images is held out; the published 3,000 are of an unseeded shuffle, and cannot be had again.
+The last tenth of the 30,000 images is held out; the published 3,000 are of an unseeded shuffle and cannot be had again.
 Meant for: eight accelerators of 40 GB; the base is `:compact` (8 bits) with a bfloat16 trunk, levels from 128x128 up
 recomputed in the backward pass, and a Polyak average that warms up.
 Reach, published and not yet reproduced here, in bits/dim: unbounded 0.51, bounded 0.57, released_8bit 1.35. Those of 5

@@ -54,7 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.objective = ConfigDict({"kl_steps": 0})
         config.optim = ConfigDict({"name": "adamw", "learning_rate": 5e-4, "b2": 0.9, "warmup_steps": 100})
     if variant == "tiny":
-        config.model.update({"layers": (1, 2, 1, 1), "skips": (1, 1, 1, 1), "blocks": (1, 1, 1, 1)})
-        config.model.update({"widths": (8, 8, 8, 8), "latents": (2, 2, 2, 2), "mixtures": 2})
+        config.model.update({"strides": (1, 8), "layers": (1, 2), "skips": (1, 1), "blocks": (1, 1), "kernels": (1, 3)})
+        config.model.update({"widths": (8, 8), "bottlenecks": (0.5, 0.5), "latents": (2, 2), "mixtures": 2})
         config.train.batch_size, config.train.steps, config.optim.warmup_steps = 16, 6, 2
     return config

@@ -80,10 +80,11 @@ def _set_layers(config: ConfigDict, row: str) -> None:
 
 def _vdvae() -> ConfigDict:
     config = cli.load_config("vdvae_cifar10:vdvae")
-    config.data = ConfigDict({"source": "tfds", "name": PIXELRNN_SET, "image_size": 32, "evaluation_split": "validation"})
+    config.data = ConfigDict(
+        {"source": "tfds", "name": PIXELRNN_SET, "image_size": 32, "evaluation_split": "validation"}
+    )
     config.model.update(from_block_strings(DECODER, ENCODER, width=512, latent=16))
     config.model.whiten = (116.2373, 69.37404)
     config.optim.learning_rate = 1.5e-4
     config.train.update({"batch_size": 256, "steps": 1_700_000, "ema_decay": 0.999, "skip_norm": 300.0})
     return config
-

@@ -23,7 +23,7 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.nn.gelu(x, approximate=False)
 
 
-def blocks(config: ModelConfig, levels: Levels, outputs_per_latent: int) -> Blocks:
+def blocks(config: ModelConfig, levels: Levels, numbers_per_channel: int) -> Blocks:
     """Initial kernels are scaled by one over the root of the number of blocks: those of the encoder bottom-up, L
     top-down."""
     num_blocks = sum(level.blocks for level in levels) + sum(level.stride > 1 for level in levels)
@@ -45,7 +45,7 @@ def blocks(config: ModelConfig, levels: Levels, outputs_per_latent: int) -> Bloc
 
     def top_down_table(levels: Levels, i: int) -> Params:
         level, width = levels[i], levels[i].width
-        numbers = outputs_per_latent * level.latent
+        numbers = numbers_per_channel * level.latent
         layer = {
             "prior": net(level, width, numbers + width, 0.0),
             "posterior": net(level, 2 * width, numbers),
@@ -105,16 +105,19 @@ def _enter(params: Params, y: Array, levels: Levels, i: int, arithmetic: Arithme
     return y + params["constant"].astype(arithmetic.dtype) if "constant" in params else y
 
 
-def _prior(params: Params, y: Array, arithmetic: Arithmetic) -> tuple[Array, Array]:
+def _prior(params: Params, y: Array, latent: int, arithmetic: Arithmetic) -> tuple[list[Array], Array]:
     """The numbers of the distribution come first, the rest is the deterministic residual."""
-    out = layers.cell(params["prior"], y, gelu, arithmetic, layers.at_least_float32(arithmetic))
-    numbers = out.shape[-1] - y.shape[-1]
-    return out[..., :numbers], out[..., numbers:].astype(arithmetic.dtype)
+    inside, last = layers.cell_inside(params["prior"], (y,), gelu, arithmetic), params["prior"]["conv_3"]
+    count = (last["bias"].shape[-1] - y.shape[-1]) // latent
+    sizes = (latent,) * count + (y.shape[-1],)
+    *numbers, residual = layers.conv_into_parts(last, inside, sizes, layers.at_least_float32(arithmetic))
+    return numbers, residual.astype(arithmetic.dtype)
 
 
-def _posterior(params: Params, y: Array, skip: Array, arithmetic: Arithmetic) -> Array:
-    both = jnp.concatenate([y, skip], -1)
-    return layers.cell(params["posterior"], both, gelu, arithmetic, layers.at_least_float32(arithmetic))
+def _posterior(params: Params, y: Array, skip: Array, latent: int, arithmetic: Arithmetic) -> list[Array]:
+    inside, last = layers.cell_inside(params["posterior"], (y, skip), gelu, arithmetic), params["posterior"]["conv_3"]
+    sizes = (latent,) * (last["bias"].shape[-1] // latent)
+    return layers.conv_into_parts(last, inside, sizes, layers.at_least_float32(arithmetic))
 
 
 def _write(ends: Params, y: Array, arithmetic: Arithmetic) -> Array:

@@ -28,6 +28,7 @@ class Blocks(NamedTuple):
     pool: Callable[[Params, Array, Levels, int, Arithmetic], Array]  # level i -> level i - 1
     start: Callable[[Params, int, Levels, Arithmetic], Array]  # (ends, batch): the stream before the deepest level
     enter: Callable[[Params, Array, Levels, int, Arithmetic], Array]  # level i - 1 -> level i
-    prior: Callable[[Params, Array, Arithmetic], tuple[Array, Array]]  # (outputs in float32, what is added to y)
-    posterior: Callable[[Params, Array, Array, Arithmetic], Array]  # (y, skip) -> outputs in float32
+    # (y, channels of z) -> the numbers of the distribution, in float32, as parts of so many channels; what y gets added
+    prior: Callable[[Params, Array, int, Arithmetic], tuple[list[Array], Array]]
+    posterior: Callable[[Params, Array, Array, int, Arithmetic], list[Array]]  # (y, skip, channels of z) -> numbers
     write: Callable[[Params, Array, Arithmetic], Array]  # the stream into outputs, in float32

@@ -57,7 +57,8 @@ def reconstructed(model: Vae, params: Params, image: UInt8[Array, "b h w c"]) ->
 def importance_weighted(
     model: Vae, params: Params, image: UInt8[Array, "b h w c"], keys: Key[Array, " b"], samples: int
 ) -> Float[Array, " b"]:
-    """-log (1 / K sum_k p(x | z_k) p(z_k) / q(z_k | x)) in nats (Burda et al. 2016, eq. 8): tighter with more samples."""
+    """-log (1 / K sum_k p(x | z_k) p(z_k) / q(z_k | x)) in nats (Burda et al. 2016, eq. 8): the more
+    samples, the tighter."""
     log_ratio = lambda draw: model.net.latent.log_ratio(draw.z, draw.posterior, draw.prior).sum((1, 2, 3))
 
     def one(k: Array) -> Array:

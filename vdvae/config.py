@@ -100,9 +100,8 @@ def _check_levels(config: ModelConfig) -> None:
         if config.style == "vdvae" and (blocks < 0 or skips != 1):
             raise ValueError(f"skips must be 1 and blocks at least 0 at each level of style 'vdvae', not {skips}")
     for width, ratio in zip(config.widths, config.bottlenecks, strict=True):
-        # The posterior of 'efficient' has half the ratio and twice the width.
         if not int(width * ratio) >= 1:
-            raise ValueError(f"bottlenecks must leave at least one channel of {config.widths}, not {config.bottlenecks}")
+            raise ValueError(f"bottlenecks must leave a channel of {config.widths}, not {config.bottlenecks}")
     if config.style == "vdvae":
         if config.skip_widths or set(config.cells) - {1}:
             raise ValueError("skip_widths must be () and cells 1 for the style 'vdvae'")

@@ -1,8 +1,8 @@
 """The blocks of Efficient-VDVAE: strided pooling, learned un-pooling, skip projections, a trainable start.
 
-Source: Efficient-VDVAE, figure 5, and its released code where that differs: Pool is a convolution with a kernel as large
-as its stride (the paper says 1x1), and Unpool adds a learned map of the size of the level to the enlarged stream, which
-ties a model to one resolution.
+Source: Efficient-VDVAE, figure 5, and its released code where that differs: Pool is a convolution with a kernel as
+large as its stride (the paper says 1x1), and Unpool adds a learned map of the size of the level to the enlarged stream,
+which ties a model to one resolution.
 Not here: the order in which levels and layers run (`network.py`).
 """
 
@@ -19,7 +19,7 @@ from vdvae.layers import Arithmetic, Initial, Params
 from vdvae.levels import Level, num_layers
 
 
-def blocks(config: ModelConfig, levels: Levels, outputs_per_latent: int) -> Blocks:
+def blocks(config: ModelConfig, levels: Levels, numbers_per_channel: int) -> Blocks:
     """L scales the initial kernels: every z projection, and the last convolution of every residual cell."""
     scale = num_layers(levels) ** -0.5
     of_cell = scale if config.scale_last_convolutions else 1.0
@@ -49,7 +49,7 @@ def blocks(config: ModelConfig, levels: Levels, outputs_per_latent: int) -> Bloc
             table["enter"] = layers.conv_table(levels[i - 1].width, level.width) | {"bias_map": Initial(map_shape)}
         if not level.layers:
             return table | {"block": residual(level)}
-        both, numbers = level.width + level.skip_width, outputs_per_latent * level.latent
+        both, numbers = level.width + level.skip_width, numbers_per_channel * level.latent
         layer = {
             "prior": net(level, level.width, level.bottleneck, 2 * level.width, 0.0 if config.zero_prior else 1.0),
             "prior_projection": layers.conv_table(level.width, numbers),
@@ -113,12 +113,19 @@ def _enter(params: Params, y: Array, levels: Levels, i: int, arithmetic: Arithme
     return layers.upsampled(y, levels[i].stride) + params["enter"]["bias_map"].astype(arithmetic.dtype)
 
 
-def _prior(params: Params, y: Array, arithmetic: Arithmetic) -> tuple[Array, Array]:
+def _prior(params: Params, y: Array, latent: int, arithmetic: Arithmetic) -> tuple[list[Array], Array]:
     """One half of the net's output is the deterministic residual, the other goes into the head."""
-    residual, features = jnp.split(layers.cell(params["prior"], y, jax.nn.silu, arithmetic), 2, -1)
-    return layers.conv(params["prior_projection"], features, layers.at_least_float32(arithmetic)), residual
+    inside, width = layers.cell_inside(params["prior"], (y,), jax.nn.silu, arithmetic), y.shape[-1]
+    residual, features = layers.conv_into_parts(params["prior"]["conv_3"], inside, (width, width), arithmetic)
+    return _head(params["prior_projection"], features, latent, arithmetic), residual
 
 
-def _posterior(params: Params, y: Array, skip: Array, arithmetic: Arithmetic) -> Array:
-    features = layers.cell(params["posterior"], jnp.concatenate([y, skip], -1), jax.nn.silu, arithmetic)
-    return layers.conv(params["posterior_projection"], features, layers.at_least_float32(arithmetic))
+def _posterior(params: Params, y: Array, skip: Array, latent: int, arithmetic: Arithmetic) -> list[Array]:
+    inside = layers.cell_inside(params["posterior"], (y, skip), jax.nn.silu, arithmetic)
+    features = layers.conv(params["posterior"]["conv_3"], inside, arithmetic)
+    return _head(params["posterior_projection"], features, latent, arithmetic)
+
+
+def _head(params: Params, features: Array, latent: int, arithmetic: Arithmetic) -> list[Array]:
+    sizes = (latent,) * (params["bias"].shape[-1] // latent)
+    return layers.conv_into_parts(params, features, sizes, layers.at_least_float32(arithmetic))

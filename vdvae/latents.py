@@ -4,7 +4,7 @@ Source: Efficient-VDVAE, section 4.2 (gradient smoothing), and eq. 5 (one KL ter
 that the rest of the family knows of the distribution: another one takes its place by another record.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,9 +27,9 @@ class Gaussian(NamedTuple):
 class Latent(NamedTuple):
     """Functions of a layer's distribution. Everything is in float32 or better."""
 
-    outputs: int  # of the networks, for each channel of z
-    prior: Callable[[Float[Array, "... o"]], Distribution]
-    posterior: Callable[[Float[Array, "... o"], Distribution], Distribution]  # from its outputs and the prior
+    numbers: int  # that the networks give for each channel of z
+    prior: Callable[[Sequence[Float[Array, "... z"]]], Distribution]  # from so many arrays
+    posterior: Callable[[Sequence[Float[Array, "... z"]], Distribution], Distribution]  # and from the prior
     noise: Callable[[Key[Array, ""], tuple[int, ...]], Array]  # of one example
     draw: Callable[[Distribution, Array, Array | float], Array]  # with the noise and a temperature
     kl: Callable[[Distribution, Distribution], Array]  # KL(posterior || prior) of each element, in nats
@@ -40,13 +40,13 @@ def make(config: ModelConfig) -> Latent:
     """Normals with std = softplus_beta(u) ('std') or exp(beta u) ('log_std')."""
     log_std = log_softplus if config.latent == "std" else exponential
 
-    def gaussian(raw: Float[Array, "... o"]) -> Gaussian:
-        mean, u = jnp.split(raw, 2, -1)
+    def gaussian(numbers: Sequence[Float[Array, "... z"]]) -> Gaussian:
+        mean, u = numbers
         log = log_std(u, config.latent_beta)
         return Gaussian(mean, jnp.exp(log), log)
 
-    def posterior(raw: Float[Array, "... o"], prior: Gaussian) -> Gaussian:
-        own = gaussian(raw)
+    def posterior(numbers: Sequence[Float[Array, "... z"]], prior: Gaussian) -> Gaussian:
+        own = gaussian(numbers)
         if not config.residual_posterior:
             return own
         return Gaussian(prior.mean + own.mean, prior.std * own.std, prior.log_std + own.log_std)

@@ -7,11 +7,12 @@ Source: Efficient-VDVAE, figure 5, and VDVAE. Not here: what the two make of cel
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 Params = dict[str, Any]
@@ -96,7 +97,7 @@ def conv(
     """Convolution with zero padding to the same size; with a stride its kernel is as large, and there is no padding."""
     kernel, bias = (params[name].astype(arithmetic.dtype) for name in ("kernel", "bias"))
     x = x.astype(arithmetic.dtype)
-    if kernel.shape[:2] == (1, 1):
+    if kernel.shape[:2] == (1, 1):  # a matrix product: XLA's CPU backend is five times slower at its gradient otherwise
         return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0], precision=arithmetic.precision) + bias
     padding = "SAME" if stride == 1 else "VALID"
     y = jax.lax.conv_general_dilated(
@@ -110,12 +111,48 @@ def cell(
     x: Float[Array, "b h w i"],
     activation: Callable[[Array], Array],
     arithmetic: Arithmetic,
-    last: Arithmetic | None = None,
 ) -> Float[Array, "b h w o"]:
-    """Activation and convolution, four times: 1x1, k x k, k x k, 1x1; the last perhaps in another arithmetic."""
-    for name in ("conv_0", "conv_1", "conv_2"):
+    """Activation and convolution, four times: 1x1, k x k, k x k, 1x1."""
+    return conv(params["conv_3"], cell_inside(params, (x,), activation, arithmetic), arithmetic)
+
+
+def cell_inside(
+    params: Params,
+    parts: Sequence[Float[Array, "b h w _"]],
+    activation: Callable[[Array], Array],
+    arithmetic: Arithmetic,
+) -> Float[Array, "b h w m"]:
+    """What the last convolution of a cell sees, where the channels of its input come in `parts`."""
+    x = conv_of_parts(params["conv_0"], [activation(part) for part in parts], arithmetic)
+    for name in ("conv_1", "conv_2"):
         x = conv(params[name], activation(x), arithmetic)
-    return conv(params["conv_3"], activation(x), last or arithmetic)
+    return activation(x)
+
+
+def conv_of_parts(
+    params: Params, parts: Sequence[Float[Array, "b h w _"]], arithmetic: Arithmetic
+) -> Float[Array, "b h w o"]:
+    """A 1x1 convolution of parts that are not joined first. As of `conv_into_parts`, the arrays that are split are the
+    kernels: XLA's CPU backend computes what stands before or behind a concatenation once for each element, ten times
+    slower, and a concatenation takes memory everywhere."""
+    bounds = np.cumsum([part.shape[-1] for part in parts])[:-1]
+    kernels = jnp.split(params["kernel"], bounds, axis=2)
+    none = jnp.zeros_like(params["bias"])
+    biases = [params["bias"], *[none] * (len(parts) - 1)]
+    return sum(
+        conv({"kernel": kernel, "bias": bias}, part, arithmetic)
+        for kernel, bias, part in zip(kernels, biases, parts, strict=True)
+    )  # pyright: ignore
+
+
+def conv_into_parts(
+    params: Params, x: Float[Array, "b h w i"], sizes: Sequence[int], arithmetic: Arithmetic
+) -> list[Float[Array, "b h w _"]]:
+    """A 1x1 convolution whose outputs come in parts of these sizes."""
+    bounds = np.cumsum(sizes)[:-1]
+    kernels, biases = (jnp.split(params[name], bounds, axis=-1) for name in ("kernel", "bias"))
+    of_parts = zip(kernels, biases, strict=True)
+    return [conv({"kernel": kernel, "bias": bias}, x, arithmetic) for kernel, bias in of_parts]
 
 
 def upsampled(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b h*f w*f c"]:

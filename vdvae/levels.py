@@ -5,9 +5,10 @@ Efficient-VDVAE, appendix C.2 (symmetrical, asymmetrical and mixed skip connecti
 VDVAE's hyper-parameters. Not here: what a block computes (`efficient.py`, `baseline.py`).
 """
 
+import itertools
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bitsperdim.errors import InputError
 from vdvae.config import ModelConfig
@@ -88,7 +89,7 @@ def latent_shapes(levels: tuple[Level, ...]) -> tuple[tuple[int, int, int], ...]
 
 def from_block_strings(
     decoder: str, encoder: str, width: int, latent: int, bottleneck: float = 0.25, widths: dict[int, int] | None = None
-) -> dict[str, tuple]:
+) -> dict[str, Any]:
     """The keys of `ModelConfig` that VDVAE's strings stand for, such as '1x1,4m1,4x2' and '4x3,4d4,1x3'.
 
     'RxN' is N blocks at the edge R, 'RmS' one that first takes in the level of edge S, 'RdK' one that is then pooled by
@@ -98,10 +99,10 @@ def from_block_strings(
     layers = _parsed(decoder, "m")
     blocks = _parsed(encoder, "d")
     edges = sorted(layers)
-    if min(edges) != list(layers)[0] or list(layers) != edges:
+    if list(layers) != edges:
         raise InputError(f"decoder blocks must begin with the smallest edge and rise, not '{decoder}'")
     strides = [1]
-    for below, edge in zip(edges, edges[1:], strict=False):
+    for below, edge in itertools.pairwise(edges):
         mixed, pooled = layers[edge][1], blocks.get(edge, (0, 0))[1]
         if mixed != below or pooled * below != edge:
             raise InputError(f"edge {edge} must mix in and be pooled to {below} in '{decoder}' and '{encoder}'")
@@ -126,7 +127,7 @@ def _parsed(text: str, letter: str) -> dict[int, tuple[int, int]]:
     """By edge: plain blocks, and the number behind `letter` (0: there is none)."""
     found: dict[int, tuple[int, int]] = {}
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(x|%s)(\d+)" % letter, part.strip())
+        match = re.fullmatch(rf"(\d+)(x|{letter})(\d+)", part.strip())
         if match is None:
             raise InputError(f"'{part}' in '{text}' must be EDGExBLOCKS or EDGE{letter}NUMBER")
         edge, kind, number = int(match[1]), match[2], int(match[3])

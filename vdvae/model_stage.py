@@ -8,7 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from bitsperdim import augment, data, likelihood, rng
 from bitsperdim.model import Aux, Batch, Model, Stage

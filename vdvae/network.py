@@ -63,7 +63,7 @@ def make(config: ModelConfig, shape: tuple[int, int, int], outputs: int) -> Netw
     """The network for images of `shape` with as many outputs a pixel."""
     found, latent = levels.levels(config, shape), latents.make(config)
     style = {"efficient": efficient.blocks, "vdvae": baseline.blocks}[config.style]
-    blocks = style(config, found, latent.outputs)
+    blocks = style(config, found, latent.numbers)
     numbers = range(len(found))
     table = {
         "ends": blocks.ends_table(found, shape[-1], outputs),
@@ -176,7 +176,10 @@ def _descend(
             y, draw = _layer(net, of_layer, y, shared if skip is None else skip, source)
             return y, keep(draw)
 
-        inputs = [(source, None if each is None else each[k]) for k, source in enumerate(sources[first:last])]
+        alike = sources[first:last]
+        if not net.scans:
+            alike = _drawn_at_once(net, alike, (level.height, level.columns, level.latent))
+        inputs = [(source, None if each is None else each[k]) for k, source in enumerate(alike)]
         y, drawn = _run(net, level, step, y, _slice(params, first, last), inputs, last - first)
         kept += drawn
         first = last
@@ -185,27 +188,22 @@ def _descend(
 
 def _layer(net: Network, params: Params, y: Array, skip: Array | None, source: Source) -> tuple[Array, Draw]:
     """One layer: prior and posterior from y, then z, then the block (figure 5c)."""
-    outputs, residual = net.blocks.prior(params, y, net.arithmetic)
-    prior = net.latent.prior(outputs)
+    latent = params["z_projection"]["kernel"].shape[-2]
+    numbers, residual = net.blocks.prior(params, y, latent, net.arithmetic)
+    prior = net.latent.prior(numbers)
     posterior = kl = None
     if _needs_posterior(source):
         assert skip is not None, "a posterior needs the skip connections of bottom_up"
-        posterior = net.latent.posterior(net.blocks.posterior(params, y, skip, net.arithmetic), prior)
+        posterior = net.latent.posterior(net.blocks.posterior(params, y, skip, latent, net.arithmetic), prior)
         kl = net.latent.kl(posterior, prior)
-    z = _drawn(net, params, y, prior, posterior, source)
+    z = _drawn(net, (*y.shape[1:3], latent), prior, posterior, source)
     y = y + residual + layers.conv(params["z_projection"], z, net.arithmetic)
     return net.blocks.block(params, y, net.arithmetic), Draw(z, prior, posterior, kl)
 
 
-def _drawn(net: Network, params: Params, y: Array, prior: Any, posterior: Any, source: Source) -> Array:
-    channels = params["z_projection"]["kernel"].shape[-2]
-    shape = (*y.shape[1:3], channels)
-
-    def noise(given: Array) -> Array:
-        if not jnp.issubdtype(given.dtype, jax.dtypes.prng_key):
-            return given
-        return jax.vmap(lambda key: net.latent.noise(key, shape))(given)
-
+def _drawn(net: Network, shape: tuple[int, ...], prior: Any, posterior: Any, source: Source) -> Array:
+    """z as the source says; `shape` is that of one example."""
+    noise = lambda given: jax.vmap(lambda key: net.latent.noise(key, shape))(given) if _is_keys(given) else given
     known = source.given
     if known is None and source.noise is not None:
         known = net.latent.draw(posterior, noise(source.noise), 1.0)
@@ -219,6 +217,21 @@ def _drawn(net: Network, params: Params, y: Array, prior: Any, posterior: Any, s
         return free
     assert source.mask is not None, "a source with known and free latents needs a mask"
     return source.mask * known + (1.0 - source.mask) * free
+
+
+def _drawn_at_once(net: Network, sources: list[Source], shape: tuple[int, ...]) -> list[Source]:
+    """The sources of like layers with their noise instead of its keys. XLA's CPU backend takes two seconds to compile
+    each place where numbers are drawn, and most of a network's time at that."""
+    for name in ("noise", "prior_noise"):
+        keys = [getattr(source, name) for source in sources]
+        if keys[0] is not None and _is_keys(keys[0]):
+            drawn = jax.vmap(jax.vmap(lambda key: net.latent.noise(key, shape)))(jnp.stack(keys))
+            sources = [source._replace(**{name: drawn[k]}) for k, source in enumerate(sources)]
+    return sources
+
+
+def _is_keys(noise: Array) -> bool:
+    return jnp.issubdtype(noise.dtype, jax.dtypes.prng_key)
 
 
 def _needs_posterior(source: Source) -> bool:

@@ -81,7 +81,13 @@ def baseline(golden):
     exponential = {"latent": "log_std", "latent_beta": 1.0, "output_scale": "log_std", "output_beta": 1.0}
     whiten = (120.63838, 64.16736)
     config = ModelConfig(
-        **hierarchy, **exponential, min_log_scale=-7.0, mixtures=4, constants_up_to=16, whiten=whiten, bins="published_vdvae"
+        **hierarchy,
+        **exponential,
+        min_log_scale=-7.0,
+        mixtures=4,
+        constants_up_to=16,
+        whiten=whiten,
+        bins="published_vdvae",
     )
     model = vae.make(config, Facts((32, 32, 3), 256))
     found = Golden(model, {}, arrays["images_uint8_nhwc"], arrays)

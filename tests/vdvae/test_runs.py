@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 
 import bitsperdim
-from bitsperdim import cli, data, optim, sharding, trainer
+from bitsperdim import cli, data, sharding, trainer
 from bitsperdim import run as run_lib
-from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
 from bitsperdim.errors import InputError
 from bitsperdim.metrics import read
 from vdvae import coding, levels, model_stage, vae
-from vdvae.config import ModelConfig
+from vdvae.config import ModelConfig, ObjectiveConfig
 from vdvae.facts import Facts
 
 DIGITS = Facts((8, 8, 1), 17)
@@ -50,13 +49,13 @@ def test_a_run_learns_and_reports_a_bound_and_its_parts(run):
     assert measured["model"]["images"] == 360
     assert measured["nats"] == pytest.approx(measured["reconstruction_nats"] + measured["kl_nats"], rel=1e-6)
     assert measured["bits_per_dim"] == pytest.approx(measured["nats"] / (64 * math.log(2.0)), rel=1e-6)
-    by_level = sum(measured["model"][f"kl_nats_{edge}x{edge}"] for edge in (1, 2, 4, 8))
+    by_level = sum(measured["model"][f"kl_nats_{edge}x{edge}"] for edge in (1, 8))
     assert by_level == pytest.approx(measured["kl_nats"], rel=1e-5)
 
 
 def test_more_samples_give_a_tighter_bound(loaded, held_out):
     one = loaded.log_prob(held_out)
-    many = loaded.log_prob(held_out, samples=64)
+    many = loaded.log_prob(held_out, samples=16)
     assert one.shape == many.shape == (9,) and many.mean() > one.mean()
     np.testing.assert_array_equal(loaded.log_prob(held_out[3:4], jax.random.key(0)).shape, (1,))
     np.testing.assert_allclose(loaded.log_prob(held_out)[:4], loaded.log_prob(held_out[:4]), rtol=1e-5)
@@ -64,21 +63,21 @@ def test_more_samples_give_a_tighter_bound(loaded, held_out):
 
 def test_latents_go_and_come_back(loaded, held_out):
     latents = loaded.encode(held_out)
-    assert [z.shape for z in latents] == [(9, 1, 1, 2), (9, 2, 2, 2), (9, 2, 2, 2), (9, 4, 4, 2), (9, 8, 8, 2)]
+    assert [z.shape for z in latents] == [(9, 1, 1, 2), (9, 8, 8, 2), (9, 8, 8, 2)]
     decoded = loaded.decode(latents)
     assert decoded.dtype == np.uint8 and decoded.max() <= 16
     assert (decoded == loaded.reconstruct(held_out)).mean() > 0.99
-    with pytest.raises(InputError, match="must be a list of 5 arrays, one a layer, not of 4"):
+    with pytest.raises(InputError, match="must be a list of 3 arrays, one a layer, not of 2"):
         loaded.decode(latents[1:])
-    with pytest.raises(InputError, match=r"latents of layer 1 must be \['n', 2, 2, 2\]"):
-        loaded.decode([latents[0], *latents[2:], latents[1]])
+    with pytest.raises(InputError, match=r"latents of layer 1 must be \['n', 8, 8, 2\]"):
+        loaded.decode([latents[0], latents[0], latents[2]])
     with pytest.raises(InputError, match="levels below 17"):
         loaded.encode(held_out + 10)
 
 
 def test_an_image_depends_on_its_number_alone(loaded):
     five, about = loaded.draw(jax.random.key(1), 5)
-    assert about["temperatures"] == [0.9] * 4 and five.shape == (5, 8, 8, 1)
+    assert about["temperatures"] == [0.9] * 2 and five.shape == (5, 8, 8, 1)
     np.testing.assert_array_equal(loaded.sample(jax.random.key(1), 3), five[:3])
     assert (loaded.sample(jax.random.key(2), 5) != five).mean() > 0.2
 
@@ -87,10 +86,10 @@ def test_temperatures_are_those_of_levels(loaded):
     key = jax.random.key(0)
     coldest = loaded.sample(key, 2, temperature=0.0, output_temperature=0.0)
     np.testing.assert_array_equal(coldest[0], coldest[1])
-    by_name, about = loaded.draw(key, 2, temperature={"8": 0.3, "1": 0.0})
-    assert about["temperatures"] == [0.0, 0.9, 0.9, 0.3]
-    np.testing.assert_array_equal(by_name, loaded.sample(key, 2, temperature=(0.0, 0.9, 0.9, 0.3)))
-    for wrong, message in (({"16": 1.0}, "the levels are 1, 2, 4, 8"), ((1.0, 0.5), "one for each of 4 levels")):
+    by_name, about = loaded.draw(key, 2, temperature={"8": 0.3})
+    assert about["temperatures"] == [0.9, 0.3]
+    np.testing.assert_array_equal(by_name, loaded.sample(key, 2, temperature=(0.9, 0.3)))
+    for wrong, message in (({"16": 1.0}, "the levels are 1, 8"), ((1.0, 0.5, 0.5), "one for each of 2 levels")):
         with pytest.raises(InputError, match=message):
             loaded.draw(key, 1, temperature=wrong)
 
@@ -106,10 +105,10 @@ def gradients(config, size, accumulation=1, rows=None):
     return jax.jit(whole)(state, batch)
 
 
-def _randomised(params):
+def _randomised(params, by=0.05):
     """Nothing zero, so that every branch says something."""
     generator = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: leaf + 0.05 * generator.standard_normal(leaf.shape).astype(np.float32), params)
+    return jax.tree.map(lambda leaf: leaf + by * generator.standard_normal(leaf.shape).astype(np.float32), params)
 
 
 def test_noise_and_loss_do_not_depend_on_micro_batches():
@@ -125,8 +124,10 @@ def test_noise_and_loss_do_not_depend_on_micro_batches():
 def test_layers_are_balanced_over_the_global_batch():
     """The mean divergence is that of all devices' examples, not each device's own."""
     config = run_lib.parse(cli.load_config("vdvae_digits:tiny"))[1]
+    # From the first step on the divergence has its whole weight, so that its balance is seen.
+    config = dataclasses.replace(config, objective=ObjectiveConfig(gamma_steps=10))
     model = model_stage.make(config, DIGITS)
-    params = _randomised(model.init(jax.random.key(0))[0])
+    params = _randomised(model.init(jax.random.key(0))[0], 0.3)
     image = data.open_source(config.data, "train").read(np.arange(8))["image"]
     batch = {"image": image, "position": np.arange(8, dtype=np.int32)}
     loss = jax.jit(lambda params, batch: model.loss(params, {}, batch, jax.random.key(1), jnp.int32(0))[0])
@@ -134,7 +135,7 @@ def test_layers_are_balanced_over_the_global_batch():
     mesh = sharding.make_mesh(sharding.MeshConfig())
     together = loss(params, jax.device_put(batch, sharding.over_batch(mesh)))
     np.testing.assert_allclose(alone, together, rtol=1e-5)
-    # The test would see the difference: each device's own balance gives another loss.
+    # The test would see the difference: each example's own balance gives another loss.
     own = np.mean([loss(params, jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batch)) for i in range(8)])
     assert abs(own - alone) > 1e-4 * abs(alone)
 
@@ -181,7 +182,7 @@ def test_a_level_without_latents_has_a_block_instead():
     assert np.isfinite(reconstruction).all() and kl.shape == (2, 2)
 
 
-def norms_at_start(scale_z, scale_last, depth=40):
+def norms_at_start(scale_z, scale_last, depth=24):
     """Gradient norm at the initial parameters of a deep narrow hierarchy, and the largest value of its stream."""
     config = ModelConfig(
         strides=(1, 4), layers=(2, depth), skips=(1, 1), blocks=(1, 1), widths=(16, 16), bottlenecks=(0.5, 0.5),
@@ -204,22 +205,5 @@ def test_a_deep_hierarchy_starts_tame_only_with_scaled_projections_of_z():
     """Appendix C.1: without the scale of the z projections the first steps diverge, without the other they do not."""
     (tame, tame_norm), (wild, wild_norm) = norms_at_start(True, True), norms_at_start(False, True)
     (other, other_norm) = norms_at_start(True, False)
-    print(tame, tame_norm, wild, wild_norm, other, other_norm)
     assert wild_norm > 10 * max(tame_norm, other_norm)
     assert wild > 2 * max(tame, other)
-
-
-def test_steps_that_are_skipped_leave_everything_as_it_was():
-    config = run_lib.parse(cli.load_config("vdvae_digits:tiny"))[1]
-    model, mesh = model_stage.make(config, DIGITS), sharding.make_mesh(sharding.MeshConfig())
-    settings = dataclasses.replace(config.train, skip_norm=1e-6, batch_size=8)
-    optimizer = optim.optimizer(config.optim, settings.steps)
-    like = state_lib.abstract(model, optimizer, jax.random.key(0), mesh, sharding.MeshConfig())
-    step = step_lib.compiled(model, config.optim, settings, 0, mesh, like)
-    state = state_lib.create(model, optimizer, jax.random.key(0), like)
-    before = jax.device_get({name: state[name] for name in ("params", "ema", "opt")})
-    image = data.open_source(config.data, "train").read(np.arange(8))["image"]
-    batch = jax.device_put({"image": image, "position": np.arange(8, dtype=np.int32)}, sharding.over_batch(mesh))
-    state, _ = step(state, batch)
-    jax.tree.map(np.testing.assert_array_equal, before, {name: state[name] for name in before})
-    assert int(state["step"]) == 1 and int(state["skips"]["total"]) == 1
