@@ -1,0 +1,209 @@
+"""Whole runs: trained, measured, sampled, opened in a notebook; and what makes a deep hierarchy stable."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bitsperdim
+from bitsperdim import cli, data, sharding, trainer
+from bitsperdim import run as run_lib
+from bitsperdim import step as step_lib
+from bitsperdim.errors import InputError
+from bitsperdim.metrics import read
+from vdvae import coding, levels, model_stage, vae
+from vdvae.config import ModelConfig, ObjectiveConfig
+from vdvae.facts import Facts
+
+DIGITS = Facts((8, 8, 1), 17)
+
+
+def digits_config():
+    config = cli.load_config("vdvae_digits:tiny")
+    config.train.update({"steps": 60, "log_every": 20})
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return trainer.train(digits_config(), str(tmp_path_factory.mktemp("digits") / "run"))
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return bitsperdim.load(str(run.workdir))
+
+
+@pytest.fixture(scope="module")
+def held_out(run):
+    return data.open_source(run.config.data, "evaluation").read(np.arange(9))["image"]
+
+
+def test_a_run_learns_and_reports_a_bound_and_its_parts(run):
+    lines = [line for line in read(run.folder("model") / "metrics.jsonl") if line["kind"] == "train"]
+    assert lines[-1]["bits_per_dim"] < lines[0]["bits_per_dim"] < math.log2(17) + 0.5
+    measured = trainer.evaluate(run, "evaluation")
+    assert measured["model"]["images"] == 360
+    assert measured["nats"] == pytest.approx(measured["reconstruction_nats"] + measured["kl_nats"], rel=1e-6)
+    assert measured["bits_per_dim"] == pytest.approx(measured["nats"] / (64 * math.log(2.0)), rel=1e-6)
+    by_level = sum(measured["model"][f"kl_nats_{edge}x{edge}"] for edge in (1, 8))
+    assert by_level == pytest.approx(measured["kl_nats"], rel=1e-5)
+
+
+def test_more_samples_give_a_tighter_bound(loaded, held_out):
+    one = loaded.log_prob(held_out)
+    many = loaded.log_prob(held_out, samples=16)
+    assert one.shape == many.shape == (9,) and many.mean() > one.mean()
+    np.testing.assert_array_equal(loaded.log_prob(held_out[3:4], jax.random.key(0)).shape, (1,))
+    np.testing.assert_allclose(loaded.log_prob(held_out)[:4], loaded.log_prob(held_out[:4]), rtol=1e-5)
+
+
+def test_latents_go_and_come_back(loaded, held_out):
+    latents = loaded.encode(held_out)
+    assert [z.shape for z in latents] == [(9, 1, 1, 2), (9, 8, 8, 2), (9, 8, 8, 2)]
+    decoded = loaded.decode(latents)
+    assert decoded.dtype == np.uint8 and decoded.max() <= 16
+    assert (decoded == loaded.reconstruct(held_out)).mean() > 0.99
+    with pytest.raises(InputError, match="must be a list of 3 arrays, one a layer, not of 2"):
+        loaded.decode(latents[1:])
+    with pytest.raises(InputError, match=r"latents of layer 1 must be \['n', 8, 8, 2\]"):
+        loaded.decode([latents[0], latents[0], latents[2]])
+    with pytest.raises(InputError, match="levels below 17"):
+        loaded.encode(held_out + 10)
+
+
+def test_an_image_depends_on_its_number_alone(loaded):
+    five, about = loaded.draw(jax.random.key(1), 5)
+    assert about["temperatures"] == [0.9] * 2 and five.shape == (5, 8, 8, 1)
+    np.testing.assert_array_equal(loaded.sample(jax.random.key(1), 3), five[:3])
+    assert (loaded.sample(jax.random.key(2), 5) != five).mean() > 0.2
+
+
+def test_temperatures_are_those_of_levels(loaded):
+    key = jax.random.key(0)
+    coldest = loaded.sample(key, 2, temperature=0.0, output_temperature=0.0)
+    np.testing.assert_array_equal(coldest[0], coldest[1])
+    by_name, about = loaded.draw(key, 2, temperature={"8": 0.3})
+    assert about["temperatures"] == [0.9, 0.3]
+    np.testing.assert_array_equal(by_name, loaded.sample(key, 2, temperature=(0.9, 0.3)))
+    for wrong, message in (({"16": 1.0}, "the levels are 1, 8"), ((1.0, 0.5, 0.5), "one for each of 2 levels")):
+        with pytest.raises(InputError, match=message):
+            loaded.draw(key, 1, temperature=wrong)
+
+
+def gradients(config, size, accumulation=1, rows=None):
+    """Objective and gradients of the first step on the first `size` digits, in as many micro-batches."""
+    model = model_stage.make(config, DIGITS)
+    image = data.open_source(config.data, "train").read(np.arange(size))["image"]
+    params = _randomised(model.init(jax.random.key(0))[0])
+    state = {"params": params, "extra": {}, "step": jnp.int32(0)}
+    batch = {"image": jnp.asarray(image), "position": jnp.arange(size, dtype=jnp.int32)}
+    whole = lambda state, batch: step_lib._gradients(model, accumulation, state, batch, jax.random.key(5))
+    return jax.jit(whole)(state, batch)
+
+
+def _randomised(params, by=0.05):
+    """Nothing zero, so that every branch says something."""
+    generator = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: leaf + by * generator.standard_normal(leaf.shape).astype(np.float32), params)
+
+
+def test_noise_and_loss_do_not_depend_on_micro_batches():
+    config = run_lib.parse(cli.load_config("vdvae_digits:tiny"))[1]
+    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, gamma_steps=0))
+    one, _, expected = gradients(config, 4)
+    two, _, found = gradients(config, 4, accumulation=2)
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(np.abs(theirs).max(), 1e-3))
+
+
+def test_layers_are_balanced_over_the_global_batch():
+    """The mean divergence is that of all devices' examples, not each device's own."""
+    config = run_lib.parse(cli.load_config("vdvae_digits:tiny"))[1]
+    # From the first step on the divergence has its whole weight, so that its balance is seen.
+    config = dataclasses.replace(config, objective=ObjectiveConfig(gamma_steps=10))
+    model = model_stage.make(config, DIGITS)
+    params = _randomised(model.init(jax.random.key(0))[0], 0.3)
+    image = data.open_source(config.data, "train").read(np.arange(8))["image"]
+    batch = {"image": image, "position": np.arange(8, dtype=np.int32)}
+    loss = jax.jit(lambda params, batch: model.loss(params, {}, batch, jax.random.key(1), jnp.int32(0))[0])
+    alone = loss(params, jax.device_put(batch, jax.devices()[0]))
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    together = loss(params, jax.device_put(batch, sharding.over_batch(mesh)))
+    np.testing.assert_allclose(alone, together, rtol=1e-5)
+    # The test would see the difference: each example's own balance gives another loss.
+    own = np.mean([loss(params, jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batch)) for i in range(8)])
+    assert abs(own - alone) > 1e-4 * abs(alone)
+
+
+def test_the_trunk_in_half_precision_gives_nearly_the_same_bound():
+    config = run_lib.parse(cli.load_config("vdvae_digits:tiny"))[1].model
+    image = data.open_source(run_lib.parse(cli.load_config("vdvae_digits:tiny"))[1].data, "train")
+    image, keys = image.read(np.arange(4))["image"], jax.random.split(jax.random.key(0), 4)
+    nats = {}
+    for dtype in ("float32", "bfloat16"):
+        model = vae.make(dataclasses.replace(config, dtype=dtype), DIGITS)
+        params = _randomised(vae.init(model, jax.random.key(0)))
+        reconstruction, kl = jax.jit(lambda params, model=model: vae.bound(model, params, image, keys))(params)
+        assert reconstruction.dtype == kl.dtype == jnp.float32
+        nats[dtype] = reconstruction + kl.sum(0)
+    assert (nats["float32"] != nats["bfloat16"]).all()
+    np.testing.assert_allclose(nats["bfloat16"], nats["float32"], rtol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(6, 10, 1), (8, 8, 1)])
+def test_images_that_no_product_of_strides_divides_are_padded(shape):
+    config = run_lib.parse(cli.load_config("vdvae_digits:tiny"))[1].model
+    model = vae.make(config, Facts(shape, 17))
+    image = np.random.default_rng(0).integers(0, 17, (2, *shape), np.uint8)
+    params = vae.init(model, jax.random.key(0))
+    reconstruction, kl = jax.jit(lambda p: vae.bound(model, p, image, jax.random.split(jax.random.key(0), 2)))(params)
+    assert np.isfinite(reconstruction).all() and kl.shape == (model.num_layers, 2)
+    keys = jax.random.split(jax.random.key(0), 3)
+    drawn = jax.jit(lambda p: coding.sampled(model, p, keys, coding.by_layer(model, (1.0,)), 1.0))(params)
+    assert drawn.shape == (3, *shape)
+
+
+def test_a_level_without_latents_has_a_block_instead():
+    config = ModelConfig(
+        strides=(1, 2), layers=(2, 0), skips=(2, 0), blocks=(2, 1), widths=(8, 8), bottlenecks=(0.5, 0.5),
+        kernels=(3, 3), latents=(2, 2), mixtures=2,
+    )  # fmt: skip
+    model = vae.make(config, Facts((4, 4, 1), 17))
+    params = vae.init(model, jax.random.key(0))
+    assert levels.latent_shapes(model.net.levels) == ((2, 2, 2),) * 2
+    assert set(params["top_down"]["level_1"]) == {"enter", "block"}
+    image = np.random.default_rng(0).integers(0, 17, (2, 4, 4, 1), np.uint8)
+    reconstruction, kl = jax.jit(lambda p: vae.bound(model, p, image, jax.random.split(jax.random.key(0), 2)))(params)
+    assert np.isfinite(reconstruction).all() and kl.shape == (2, 2)
+
+
+def norms_at_start(scale_z, scale_last, depth=24):
+    """Gradient norm at the initial parameters of a deep narrow hierarchy, and the largest value of its stream."""
+    config = ModelConfig(
+        strides=(1, 4), layers=(2, depth), skips=(1, 1), blocks=(1, 1), widths=(16, 16), bottlenecks=(0.5, 0.5),
+        kernels=(1, 3), latents=(8, 8), mixtures=2, scale_z_projection=scale_z, scale_last_convolutions=scale_last,
+        scan="on",
+    )  # fmt: skip
+    model = vae.make(config, Facts((4, 4, 1), 17))
+    image = np.random.default_rng(0).integers(0, 17, (4, 4, 4, 1), np.uint8)
+    keys = jax.random.split(jax.random.key(0), 4)
+
+    def objective(params):
+        reconstruction, kl = vae.bound(model, params, image, keys)
+        return (reconstruction + kl.sum(0)).mean() / 16
+
+    value, gradient = jax.jit(jax.value_and_grad(objective))(vae.init(model, jax.random.key(0)))
+    return float(value), float(jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradient))))
+
+
+def test_a_deep_hierarchy_starts_tame_only_with_scaled_projections_of_z():
+    """Appendix C.1: without the scale of the z projections the first steps diverge, without the other they do not."""
+    (tame, tame_norm), (wild, wild_norm) = norms_at_start(True, True), norms_at_start(False, True)
+    (other, other_norm) = norms_at_start(True, False)
+    assert wild_norm > 10 * max(tame_norm, other_norm)
+    assert wild > 2 * max(tame, other)

@@ -1,0 +1,26 @@
+"""What the images of a run turned out to be, kept in the run, so that sampling needs no data set."""
+
+import functools
+from typing import NamedTuple
+
+from bitsperdim import data
+from bitsperdim import run as run_lib
+from bitsperdim.run import Run
+
+
+class Facts(NamedTuple):
+    """Shape (height, width, channels) and levels of the images."""
+
+    shape: tuple[int, int, int]
+    levels: int
+
+
+@functools.lru_cache(maxsize=8)
+def of_run(run: Run) -> Facts:
+    """From the run's folder, or from the data set where it has not begun."""
+    path = run.folder("model") / "data.json"
+    if path.exists():
+        values = run_lib.read_json(path, {"shape": [int, int, int], "levels": int})
+        return Facts(tuple(values["shape"]), values["levels"])
+    source = data.open_source(run.config.data, "train")
+    return Facts(source.shape, source.levels)

@@ -1,0 +1,131 @@
+"""A trained run of a very deep VAE as functions: samples, bounds of likelihoods, latents and back.
+
+Not here: the mathematics of them (`coding.py`).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key, PyTree, UInt8
+
+from bitsperdim import rng, sharding, trainer
+from bitsperdim.errors import InputError
+from bitsperdim.model import Loaded
+from bitsperdim.run import Run
+from vdvae import coding, facts, levels, vae
+from vdvae.config import Config
+from vdvae.vae import Vae
+
+Latents = list[Float[np.ndarray, "n h w z"]]
+
+
+def load(run: Run, mesh: Mesh) -> Loaded:
+    """What can be done with a trained run. Its weights are restored when they are first needed."""
+    model = vae.make(run.config.model, facts.of_run(run))
+    params = functools.cache(lambda: trainer.restore(run, "model", mesh)[1]["ema"])
+    in_batches = functools.partial(_in_batches, mesh=mesh, size=run.config.sampling.batch_size)
+    sample = jax.jit(functools.partial(coding.sampled, model))
+    encode = jax.jit(functools.partial(coding.encoded, model))
+    decode = jax.jit(functools.partial(coding.decoded, model))
+    reconstruct = jax.jit(functools.partial(coding.reconstructed, model))
+    weighted = jax.jit(functools.partial(coding.importance_weighted, model), static_argnums=3)
+
+    @jax.jit
+    def bound(params: PyTree, image: Array, keys: Array) -> Array:
+        reconstruction, kl = vae.bound(model, params, image, keys)
+        return reconstruction + kl.sum(0)
+
+    def log_prob(
+        images: UInt8[np.ndarray, "n h w c"], key: Key[Array, ""] | None = None, samples: int = 1
+    ) -> Float[np.ndarray, " n"]:
+        """A lower bound of log p(x) in nats: one draw of z, or with more samples the importance-weighted bound."""
+        keys = rng.per_example(jax.random.key(0) if key is None else key, jnp.arange(len(images)))
+        rows = {"image": _checked(model, images), "keys": keys}
+        if samples > 1:
+            return -in_batches(lambda rows: weighted(params(), rows["image"], rows["keys"], samples), rows)
+        return -in_batches(lambda rows: bound(params(), rows["image"], rows["keys"]), rows)
+
+    def draw(
+        key: Key[Array, ""],
+        n: int,
+        temperature: float | Sequence[float] | Mapping[str, float] | None = None,
+        output_temperature: float | None = None,
+        batch_size: int = 0,
+    ) -> tuple[UInt8[np.ndarray, "n h w c"], dict[str, Any]]:
+        """`temperature` of the prior: one number, one for each level (deepest first), or by name: {'1': 0.9, ...}
+        (`config.levels`), where the others keep those of the config."""
+        of_levels = _temperatures(run.config, temperature)
+        chosen = run.config.sampling.output_temperature if output_temperature is None else output_temperature
+        of_layers = coding.by_layer(model, of_levels)
+        size = batch_size or run.config.sampling.batch_size
+        rows = {"keys": rng.per_example(key, jnp.arange(n))}
+        images = in_batches(lambda rows: sample(params(), rows["keys"], of_layers, chosen), rows, size=size)
+        about = {"network_calls": -(-n // size), "temperatures": list(of_levels), "output_temperature": chosen}
+        return images, about
+
+    return Loaded(
+        config=run.config,
+        levels=model.output.levels,
+        log_prob=log_prob,
+        draw=draw,
+        encode=lambda images: in_batches(lambda rows: encode(params(), rows), _checked(model, images)),
+        decode=lambda latents: in_batches(lambda rows: decode(params(), rows), _checked_latents(model, latents)),
+        reconstruct=lambda images: in_batches(lambda rows: reconstruct(params(), rows), _checked(model, images)),
+    )
+
+
+def _temperatures(config: Config, given: float | Sequence[float] | Mapping[str, float] | None) -> tuple[float, ...]:
+    """One for each level. Raises InputError for levels that there are not."""
+    names, default = config.levels, config.sampling.temperatures
+    default = default * len(names) if len(default) == 1 else default
+    if given is None:
+        return default
+    if isinstance(given, Mapping):
+        if unknown := sorted(set(given) - set(names)):
+            raise InputError(f"temperature of '{unknown[0]}': the levels are {', '.join(dict.fromkeys(names))}")
+        return tuple(given.get(name, t) for name, t in zip(names, default, strict=True))
+    values = (float(given),) if isinstance(given, int | float) else tuple(float(t) for t in given)
+    if len(values) not in (1, len(names)) or not all(0 <= t < math.inf for t in values):
+        raise InputError(
+            f"temperature must be at least 0, one number or one for each of {len(names)} levels, not {given}"
+        )
+    return values * len(names) if len(values) == 1 else values
+
+
+def _checked(model: Vae, images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
+    images, (shape, most) = np.asarray(images), model.facts
+    if images.dtype != np.uint8 or images.shape[1:] != tuple(shape) or images.max(initial=0) >= most:
+        raise InputError(
+            f"images must be uint8 {['n', *shape]} with levels below {most}, "
+            f"not {images.dtype} {list(images.shape)} up to {images.max(initial=0)}"
+        )
+    return images
+
+
+def _checked_latents(model: Vae, latents: Latents) -> Latents:
+    expected, found = levels.latent_shapes(model.net.levels), [np.asarray(z, np.float32) for z in latents]
+    if len(found) != len(expected):
+        raise InputError(f"latents must be a list of {len(expected)} arrays, one a layer, not of {len(found)}")
+    for layer, (z, shape) in enumerate(zip(found, expected, strict=True)):
+        if z.shape != (len(found[0]), *shape):
+            raise InputError(f"latents of layer {layer} must be {['n', *shape]}, not {list(z.shape)}")
+    return found
+
+
+def _in_batches(function: Callable[[PyTree], PyTree], rows: PyTree, mesh: Mesh, size: int) -> PyTree:
+    """`function` of at most `size` rows at a time over all devices, as numpy."""
+    count = len(jax.tree.leaves(rows)[0])
+    size = sharding.whole_batch(min(size, max(count, 1)), mesh)
+    parts = []
+    for start in range(0, max(count, 1), size):
+        # The last batch is filled up: another size would be another program to compile.
+        places = np.minimum(np.arange(start, start + size), max(count - 1, 0))
+        batch = jax.tree.map(lambda leaf, places=places: leaf[places], rows)
+        parts.append(jax.device_get(function(jax.device_put(batch, sharding.over_batch(mesh)))))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
