@@ -109,22 +109,26 @@ def test_the_gradient_of_the_likelihood_reaches_every_parameter_and_is_the_numer
     np.testing.assert_allclose((moved(3e-4) - moved(-3e-4)) / 6e-4, length, rtol=1e-2)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
-def test_cached_sampling_draws_what_whole_passes_draw(prior, temperature):
+@pytest.fixture(scope="module")
+def samplers(prior):
+    """(temperature) -> three grids from whole passes, and from cells one after another."""
     net, variables = prior
-    keys = jax.random.split(jax.random.key(0), 3)
-    shape, options = (3, 2, 2, DIM), {"temperature": temperature, "choose": latents.choose(BINS)}
-    noise = latents.uniforms(keys, MIXTURES, DIM)
-    whole = jax.jit(lambda: sampling.sample_codes(lambda grid: net.apply(variables, grid), noise, shape, **options))()
+    shape, choose = (3, 2, 2, DIM), latents.choose(BINS)
+    noise = latents.uniforms(jax.random.split(jax.random.key(0), 3), MIXTURES, DIM)
+    logits = lambda grid: net.apply(variables, grid)
     at_cell = lambda grid, cell, kept: net.apply(
         variables | kept, grid, cell, None, None, method="cell_logits", mutable=KEPT
     )
-    cached = jax.jit(lambda: sampling.sample_codes_cached(at_cell, noise, shape, **options))()
+    whole = lambda temperature: sampling.sample_codes(logits, noise, shape, temperature, choose=choose)
+    cached = lambda temperature: sampling.sample_codes_cached(at_cell, noise, shape, temperature, choose=choose)
+    return jax.jit(whole), jax.jit(cached)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+def test_cached_sampling_draws_what_whole_passes_draw(samplers, temperature):
+    whole, cached = (np.asarray(sampler(temperature)) for sampler in samplers)
     np.testing.assert_array_equal(cached, whole)
-    if temperature:
-        assert len(np.unique(np.asarray(whole).reshape(3, -1), axis=0)) == 3
-    else:
-        assert len(np.unique(np.asarray(whole).reshape(3, -1), axis=0)) == 1
+    assert len(np.unique(whole.reshape(3, -1), axis=0)) == (3 if temperature else 1)
 
 
 def test_sampled_cells_follow_the_pmf():
