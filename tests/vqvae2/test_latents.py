@@ -109,18 +109,21 @@ def test_the_gradient_of_the_likelihood_reaches_every_parameter_and_is_the_numer
     np.testing.assert_allclose((moved(3e-4) - moved(-3e-4)) / 6e-4, length, rtol=1e-2)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
-def test_cached_sampling_draws_what_whole_passes_draw(prior, temperature):
+@pytest.fixture(scope="module")
+def samplers(prior):
+    """(temperature) -> three grids from whole passes, and from cells one after another."""
     net, variables = prior
-    shape, options = (3, 2, 2, DIM), {"temperature": temperature, "choose": latents.choose(BINS)}
+    shape, choose = (3, 2, 2, DIM), latents.choose(BINS)
     noise = latents.uniforms(jax.random.key(0), jnp.arange(3), MIXTURES, DIM)
-    draw = lambda network: jax.jit(lambda: sampling.sample_codes(network, noise, shape, **options))()
-    whole, cached = draw(sampling.whole(lambda grid: net.apply(variables, grid))), draw(incremental(net, variables))
+    draw = lambda network: jax.jit(lambda t: sampling.sample_codes(network, noise, shape, t, choose=choose))
+    return draw(sampling.whole(lambda grid: net.apply(variables, grid))), draw(incremental(net, variables))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+def test_cached_sampling_draws_what_whole_passes_draw(samplers, temperature):
+    whole, cached = (np.asarray(sampler(temperature)) for sampler in samplers)
     np.testing.assert_array_equal(cached, whole)
-    if temperature:
-        assert len(np.unique(np.asarray(whole).reshape(3, -1), axis=0)) == 3
-    else:
-        assert len(np.unique(np.asarray(whole).reshape(3, -1), axis=0)) == 1
+    assert len(np.unique(whole.reshape(3, -1), axis=0)) == (3 if temperature else 1)
 
 
 def test_sampled_cells_follow_the_pmf():

@@ -53,6 +53,7 @@ def trained(run):
     return jax.jit(lambda image, top: log_prob(net.apply(weights, image, (top,)), image, VALUES))
 
 
+@pytest.mark.slow
 def test_the_bound_is_the_bits_of_the_pixels_given_the_codes_and_of_the_codes(run):
     measured = trainer.evaluate(run, "evaluation")
     nats = 64 * measured["pixels"]["nats_per_pixel"] + 4 * measured["top"]["nats_per_code"]
@@ -64,6 +65,7 @@ def test_the_bound_is_the_bits_of_the_pixels_given_the_codes_and_of_the_codes(ru
     assert measured["rate_bits_per_image"] == pytest.approx(4 * measured["top"]["nats_per_code"] / math.log(2.0))
 
 
+@pytest.mark.slow
 def test_images_stand_beside_their_own_codes(run):
     stage = run.stage("pixels")
     for split in ("train", "evaluation"):
@@ -74,6 +76,7 @@ def test_images_stand_beside_their_own_codes(run):
         np.testing.assert_array_equal(batch["top"], codes.open_codes(run, split).read(indices)["top"])
 
 
+@pytest.mark.slow
 def test_the_last_pixels_sum_to_one_given_those_before_them_and_every_code_matters(trained):
     every = np.array(list(itertools.product(range(VALUES), repeat=3)))
     grids = np.repeat(np.random.default_rng(1).integers(0, VALUES, (1, 8, 8)), len(every), 0)
@@ -91,6 +94,7 @@ def test_the_last_pixels_sum_to_one_given_those_before_them_and_every_code_matte
     assert (np.abs(under[1:] - under[:1]).max((1, 2)) > 1e-5).all()
 
 
+@pytest.mark.slow
 def test_a_picture_shows_images_decoded_and_drawn(run):
     names = {path.stem.split("-")[0] for path in run.folder("pixels").glob("images/*.png")}
     assert "pixels_given_codes" in names

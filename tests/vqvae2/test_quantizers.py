@@ -206,6 +206,7 @@ def one_level(**model):
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [
