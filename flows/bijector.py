@@ -46,7 +46,7 @@ def chain(parts: Mapping[str, Bijector]) -> Bijector:
 
     def inverse(params: PyTree, y: Any, condition: Condition) -> tuple[Array, LogDet]:
         total: Any = 0.0
-        for name, part in reversed(parts.items()):
+        for name, part in reversed(list(parts.items())):
             y, log_det = part.inverse_and_log_det(params[name], y, condition)
             total = total + log_det
         return y, total
@@ -98,9 +98,7 @@ def repeat(part: Bijector, count: int, scan: bool, memory: str = "plain") -> Bij
         y, found = jax.lax.scan(step, x, params)
         return found, y
 
-    if memory == "reversible":
-        forward = _reversible(part)
-    return Bijector(init, forward, inverse, init_from_batch)
+    return Bijector(init, _reversible(part) if memory == "reversible" else forward, inverse, init_from_batch)
 
 
 def unstacked(params: PyTree, count: int) -> list[PyTree]:
@@ -116,7 +114,7 @@ def _scanned(step: Callable, params: PyTree, x: Array, condition: Condition) -> 
     return x, log_dets.sum(0)
 
 
-def _reversible(part: Bijector) -> Callable[[PyTree, Array, Condition], tuple[Array, LogDet]]:
+def _reversible(part: Bijector) -> Callable[..., tuple[Array, LogDet]]:
     """Like steps whose gradient keeps their common output alone: going back, each step's input is its inverse of it.
 
     Memory does not grow with the number of steps; the cost is one inverse and one forward pass of each step more. The

@@ -211,7 +211,10 @@ def test_five_steps_of_adam(x64, macow):
         params, moments, value, norm = step(params, moments, u)
         np.testing.assert_allclose(value, pre.arrays["losses"][i], rtol=1e-6)
         np.testing.assert_allclose(norm, pre.arrays["grad_norms"][i], rtol=1e-5)
-    assert_trees_close(params, expected, 2e-6, 1e-6)  # updates are 1e-3 each
+    # The stored noise is rounded to float32, which Adam enlarges where a gradient is near zero; updates are 1e-3 each.
+    assert_trees_close(params, expected, 2e-6, 5e-6)
+    differences = jax.tree.leaves(jax.tree.map(lambda ours, theirs: np.abs(ours - theirs).ravel(), params, expected))
+    assert np.quantile(np.concatenate(differences), 0.99) < 5e-8
 
 
 def test_weight_norm_is_that_of_the_paper():
