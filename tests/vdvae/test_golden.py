@@ -114,9 +114,8 @@ def test_warm_up_and_balancing_give_the_published_losses(efficient, objective):
 def test_balancing_acts_on_gradients_as_a_constant(efficient, objective):
     _, found = objective(5)
     np.testing.assert_allclose(optax.tree.norm(found), efficient.arrays["step5/grad_global_norm"], rtol=1e-4)
-    norms = jax.tree.map(np.linalg.norm, efficient.tensors("grad/"))
-    assert list(efficient.arrays["param_order"]) == list(norms)
-    recorded = dict(zip(norms, efficient.arrays["step5/grad_l2_per_param"], strict=True))
+    names = efficient.arrays["param_order"]
+    recorded = dict(zip(names.tolist(), efficient.arrays["step5/grad_l2_per_param"], strict=True))
     for level, name in ((2, "top_down.levels_down_upsample.2"), (0, "top_down.levels_down_upsample.0")):
         ours = found["top_down"][f"level_{level}"]["layers"]["z_projection"]["kernel"][0]
         np.testing.assert_allclose(np.linalg.norm(ours), recorded[f"{name}.z_projection.weight"], rtol=1e-3)

@@ -147,7 +147,7 @@ def all_posterior():
     return network.posterior_sources(jax.random.split(jax.random.key(0), 2), 6)
 
 
-@pytest.mark.parametrize("sources", [all_posterior, mixed_sources])
+@pytest.mark.parametrize("sources", [all_posterior, pytest.param(mixed_sources, marks=pytest.mark.slow)])
 def test_a_loop_over_layers_and_recomputation_change_nothing(sources):
     expected, program = value_and_gradients(small(), sources())
     assert "scan" not in program and "remat" not in program

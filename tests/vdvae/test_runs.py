@@ -111,6 +111,7 @@ def _randomised(params, by=0.05):
     return jax.tree.map(lambda leaf: leaf + by * generator.standard_normal(leaf.shape).astype(np.float32), params)
 
 
+@pytest.mark.slow
 def test_noise_and_loss_do_not_depend_on_micro_batches():
     config = run_lib.parse(cli.load_config("vdvae_digits:tiny"))[1]
     config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, gamma_steps=0))
