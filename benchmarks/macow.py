@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="+", choices=cases)
     parser.add_argument("--config", default="flows_cifar10")
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 1])
-    parser.add_argument("--scan", nargs="+", default=["auto"], choices=("auto", "on", "off"))
+    parser.add_argument("--scan", nargs="+", default=["on"], choices=("on", "off"))
     parser.add_argument("--inverse", nargs="+", default=["lines", "fixed_point"])
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
@@ -75,7 +75,7 @@ def batch_of(about: Facts, size: int) -> tuple[jax.Array, jax.Array]:
 def train(arguments: argparse.Namespace) -> None:
     for scan in arguments.scan:
         config, about = opened(arguments.config)
-        model = density.make(dataclasses.replace(config.model, scan=scan), about)
+        model = density.make(dataclasses.replace(config.model, scan=scan == "on"), about)
         params = started(model, about)
         optimizer = optim.optimizer(config.optim, config.train.steps)
         moments = jax.jit(optimizer.init)(params)
@@ -145,7 +145,7 @@ def memory(arguments: argparse.Namespace) -> None:
         for factor in (1, 2):
             steps = tuple(tuple(factor * count for count in level) for level in config.model.flow.steps)
             flow = dataclasses.replace(config.model.flow, memory=kept, steps=steps)
-            changed: ModelConfig = dataclasses.replace(config.model, flow=flow, scan="on")
+            changed: ModelConfig = dataclasses.replace(config.model, flow=flow, scan=True)
             model = density.make(changed, about)
             params = jax.eval_shape(model.init, jax.random.key(0))
             images, keys = batch_of(about, arguments.batches[0])

@@ -110,7 +110,7 @@ def main() -> None:
 
 def case(name: str, parameters_only: bool, batch: int, scan: str) -> dict:
     values = cli.load_config(name)
-    values.model.scan, values.model.dtype = scan, "float32"
+    values.model.scan, values.model.dtype = scan == "on", "float32"
     config = run_lib.parse(values)[1]
     model = vae.make(config.model, facts_of(config))
     published, gigabytes, nll = PUBLISHED.get(name, (None, None, None))

@@ -28,11 +28,11 @@ def main() -> None:
     parser.add_argument("--config", default="vdvae_cifar10:c1")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--scan", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--scan", choices=("on", "off"), default="on")
     parser.add_argument("--what", nargs="+", choices=("forward", "step"), default=("forward", "step"))
     arguments = parser.parse_args()
     values = cli.load_config(arguments.config)
-    values.model.scan, values.train.batch_size = arguments.scan, arguments.batch
+    values.model.scan, values.train.batch_size = arguments.scan == "on", arguments.batch
     config = run_lib.parse(values)[1]
     edge, bits = config.data.image_size or 28, config.data.bits
     facts = Facts((edge, edge, 3), 2**bits) if config.model.output != "bernoulli" else Facts((28, 28, 1), 2)

@@ -31,16 +31,22 @@ def convolve(
     kernel: Float[Array, "kh kw c f"],
     strides: tuple[int, int] = (1, 1),
     padding: Padding = "VALID",
+    precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "b _ _ f"]:
-    """y[i, j] = sum over a, b of x[s i + a, s j + b] k[a, b], without a bias, as `lax.conv_general_dilated`."""
+    """y[i, j] = sum over a, b of x[s i + a, s j + b] k[a, b], without a bias, as `lax.conv_general_dilated`.
+
+    `precision` is that of an accelerator's products.
+    """
     if jax.default_backend() != "cpu":
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT)
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT, precision=precision)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     if any(sum(sides) for sides in padding):
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     if kernel.shape[:2] == (1, 1):
-        return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
+        x = x[:, :: strides[0], :: strides[1]]
+        # Of two dimensions: XLA hands only such products to its fast kernels.
+        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
     if strides != (1, 1):
         x, kernel = _blocks(x, kernel, strides)
     return _valid(x, kernel)

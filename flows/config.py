@@ -87,11 +87,11 @@ class ModelConfig:
     init_images: int = 512  # of the data-dependent start
     flip: bool = False  # mirror training images with probability 1/2
     shift: int = 0  # move training images by up to so many pixels, their border mirrored
-    scan: str = "auto"  # like steps as one compiled loop: 'on', 'off'; 'auto': not on CPUs, where gradients are slower
+    scan: bool = True  # like steps in one loop of the compiled program; False: unrolled, slow to compile
     inverse: str = "auto"  # of masked convolutions: 'lines', 'fixed_point'; 'auto': lines on CPUs
 
     def __post_init__(self) -> None:
-        one_of(self, range=("symmetric", "unit"), scan=("auto", "on", "off"), inverse=("auto", *INVERSES))
+        one_of(self, range=("symmetric", "unit"), inverse=("auto", *INVERSES))
         at_least(self, 1, "samples", "measured_samples", "chunk", "init_images")
         at_least(self, 0, "shift")
         for key in ("samples", "measured_samples"):

@@ -75,8 +75,8 @@ def convolve(
 ) -> Float[Array, "b h w d"]:
     """y[i, j] = sum_kl x[i + k - before_0, j + l - before_1] w[k, l], zeros outside, of the size of x.
 
-    On CPUs as one matrix product: XLA's convolutions are two to four times slower at the gradients of these shapes, and
-    ten times inside a scan. Patches are gathered on whichever side has fewer channels.
+    On CPUs as one matrix product: XLA's convolutions are up to 2.4 times slower at the gradients of these shapes, and
+    an order of magnitude inside a scan. Patches are gathered on whichever side has fewer channels.
     """
     height, width, inputs, outputs = kernel.shape
     if jax.default_backend() != "cpu":

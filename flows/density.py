@@ -40,7 +40,7 @@ class Density(NamedTuple):
 def make(config: ModelConfig, about: Facts) -> Density:
     """The density of a config over images of this shape. Raises InputError where they do not fit."""
     check(config, about)
-    scan, inverse = _resolved(config)
+    scan, inverse = config.scan, _inverse(config)
     channels, levels, range = about.shape[-1], about.levels, cast(Range, config.range)
     flow = layers.multi_scale(config.flow, channels, 0, scan, inverse)
     noise = (
@@ -102,9 +102,8 @@ def check(config: ModelConfig, about: Facts) -> None:
             )
 
 
-def _resolved(config: ModelConfig) -> tuple[bool, str]:
-    """Whether like steps are scanned, and how masked convolutions are inverted, where the config leaves it open."""
-    is_cpu = jax.default_backend() == "cpu"
-    scan = config.scan == "on" or (config.scan == "auto" and not is_cpu)
-    inverse = config.inverse if config.inverse != "auto" else "lines" if is_cpu else "fixed_point"
-    return scan, inverse
+def _inverse(config: ModelConfig) -> str:
+    """How masked convolutions are inverted, where the config leaves it open."""
+    if config.inverse != "auto":
+        return config.inverse
+    return "lines" if jax.default_backend() == "cpu" else "fixed_point"

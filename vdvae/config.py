@@ -52,7 +52,7 @@ class ModelConfig:
     flip: bool = False  # training images left to right, each with probability 1/2
     dtype: str = "float32"  # of the trunk: | 'bfloat16'; distributions and likelihood are float32 always
     precision: str = "default"  # of convolutions in float32 on accelerators: | 'high' | 'highest'
-    scan: str = "auto"  # layers of a level in one loop: | 'on' | 'off'; 'auto': on, but on CPUs
+    scan: bool = True  # like layers of a level in one loop of the compiled program; False: unrolled, slow to compile
     remat: int = 0  # levels of this edge and above compute activations again in the backward pass; 0: none
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class ModelConfig:
         one_of(self, style=("efficient", "vdvae"), first_convolutions=("torch", "glorot"), bins=BINS)
         one_of(self, latent=("std", "log_std"), output_scale=("std", "log_std"))
         one_of(self, output=("logistic_mixture", "bernoulli"), dtype=("float32", "bfloat16"))
-        one_of(self, precision=("default", "high", "highest"), scan=("auto", "on", "off"))
+        one_of(self, precision=("default", "high", "highest"))
         at_least(self, 1, "mixtures")
         at_least(self, 0, "remat", "constants_up_to")
         for key in ("latent_beta", "output_beta"):

@@ -70,9 +70,8 @@ def make(config: ModelConfig, shape: tuple[int, int, int], outputs: int) -> Netw
         "bottom_up": {f"level_{i}": blocks.bottom_up_table(found, i) for i in numbers},
         "top_down": {f"level_{i}": blocks.top_down_table(found, i) for i in numbers},
     }
-    scans = config.scan == "on" or (config.scan == "auto" and jax.default_backend() != "cpu")
     arithmetic = Arithmetic(jnp.dtype(config.dtype), config.precision)
-    return Network(found, blocks, latent, arithmetic, scans, config.remat, table)
+    return Network(found, blocks, latent, arithmetic, config.scan, config.remat, table)
 
 
 def posterior_sources(keys: Key[Array, " b"], num_layers: int) -> list[Source]:

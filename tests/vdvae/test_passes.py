@@ -94,7 +94,7 @@ def assert_close_but_for_signs(found, expected, limit):
     assert (errors > limit).mean() < 1e-3 and errors.max() < 2.1e-3 * NUM_STEPS
 
 
-def small(scan="off", remat=0):
+def small(scan=False, remat=0):
     """Levels of one pixel and of 4x4: layers that share a skip connection and that do not, and plain blocks."""
     config = ModelConfig(
         strides=(1, 4),
@@ -151,7 +151,7 @@ def all_posterior():
 def test_a_loop_over_layers_and_recomputation_change_nothing(sources):
     expected, program = value_and_gradients(small(), sources())
     assert "scan" not in program and "remat" not in program
-    found, program = value_and_gradients(small(scan="on", remat=4), sources())
+    found, program = value_and_gradients(small(scan=True, remat=4), sources())
     assert "scan" in program and "remat" in program
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

@@ -188,7 +188,7 @@ def norms_at_start(scale_z, scale_last, depth=24):
     config = ModelConfig(
         strides=(1, 4), layers=(2, depth), skips=(1, 1), blocks=(1, 1), widths=(16, 16), bottlenecks=(0.5, 0.5),
         kernels=(1, 3), latents=(8, 8), mixtures=2, scale_z_projection=scale_z, scale_last_convolutions=scale_last,
-        scan="on",
+        scan=True,
     )  # fmt: skip
     model = vae.make(config, Facts((4, 4, 1), 17))
     image = np.random.default_rng(0).integers(0, 17, (4, 4, 4, 1), np.uint8)
