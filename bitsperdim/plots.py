@@ -53,8 +53,8 @@ def curves(records: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
 def samplers(rows: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
     """Calls and seconds of each sampler over the batch, with the deviation over seeds; estimates (seeds = 0) hollow.
 
-    Samplers of one kind share a colour; the rows of their windows, in 'KIND:ROWS', tell them apart by the line. Where
-    lines coincide, the wider ones below are seen.
+    Samplers of one kind share a colour; the rows of their windows, in 'KIND:ROWS', tell them apart by the line. Every
+    second kind has dashes, between which a line that coincides with it is seen.
     """
     figure, canvas = _figure(13, 5)
     panels = figure.subplots(1, 2)
@@ -63,21 +63,24 @@ def samplers(rows: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
     heights = sorted({int(height) for name in names if (height := name.partition(":")[2])})
     batches = sorted({row["batch"] for row in rows})
     columns = (("calls_percent", "calls_deviation"), ("seconds_per_image", "seconds_deviation"))
-    for place, name in enumerate(names):
+    for name in names:
         kind, _, height = name.partition(":")
-        line = ("--", "-.", ":")[heights.index(int(height)) % 3] if height else "-"
-        style = {"color": f"C{kinds.index(kind)}", "linewidth": 4.0 - 3.0 * place / len(names)}
+        dashes = (0, (6, 6)) if kinds.index(kind) % 2 else "-"
+        line = ("-.", ":", "--")[heights.index(int(height)) % 3] if height else dashes
+        color = f"C{kinds.index(kind)}"
         own = [row for row in rows if row["sampler"] == name]
         for panel, (value, error) in zip(panels, columns, strict=True):
-            panel.plot([row["batch"] for row in own], [row[value] for row in own], linestyle=line, label=name, **style)
+            panel.plot([row["batch"] for row in own], [row[value] for row in own], c=color, linestyle=line, label=name)
             for row in own:
-                face = style["color"] if row["seeds"] else "white"
-                marker = {"marker": "o", "markersize": 4, "markerfacecolor": face, "color": style["color"], "zorder": 3}
-                panel.errorbar(row["batch"], row[value], row.get(error) or 0.0, capsize=2, **marker)
+                marker = {"marker": "o", "markersize": 4, "markerfacecolor": color if row["seeds"] else "white"}
+                panel.errorbar(row["batch"], row[value], row.get(error) or 0.0, c=color, capsize=2, zorder=3, **marker)
     for panel, title in zip(panels, ("network calls in % of the dimensions", "seconds an image"), strict=True):
         panel.set(xscale="log", yscale="log", xlabel="batch (hollow: estimated)", title=title)
         panel.set_xticks(batches, [str(batch) for batch in batches])
         panel.set_xticks([], minor=True)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+        panel.tick_params(axis="y", which="both", labelsize=7)
         panel.grid(alpha=0.3)
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return render(canvas)
