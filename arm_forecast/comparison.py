@@ -107,8 +107,8 @@ def measured(
     images, num_dims = runs[0].x.shape
     calls = [float(np.mean(run.calls)) for run in runs]
     per_image = [of_run / images for of_run in seconds]
-    digests = [sampler_table.digest(run.x[:batch]) for run in runs]
-    same_noise = reference is not None and sampler.name != samplers.OTHER_NOISE
+    digests = [sampler_table.digest(np.asarray(run.x[:batch])) for run in runs]
+    compared = () if reference is None or sampler.name == samplers.OTHER_NOISE else reference["digests"]
     return {
         "sampler": str(sampler),
         "batch": batch,
@@ -121,7 +121,7 @@ def measured(
         "seconds_per_image": float(np.mean(per_image)),
         "seconds_deviation": sampler_table.deviation(per_image),
         "seeds": len(runs),
-        **sampler_table.agreement(digests, reference["digests"] if same_noise else (), batch),
+        **sampler_table.agreement(digests, compared, batch),
         "margin": min(float(np.min(run.margin)) for run in runs),
         "digests": digests,
     }

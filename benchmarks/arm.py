@@ -73,6 +73,7 @@ def main() -> None:
 def _memory(function, *shapes) -> dict[str, float]:
     """As the compiler plans it for this kind of device: parameters, moments and batch; all else at its peak."""
     planned = jax.jit(function, donate_argnums=(0, 1)).lower(*shapes).compile().memory_analysis()
+    assert planned is not None
     gib = lambda size: round(size / 2**30, 2)
     return {"state_gib": gib(planned.argument_size_in_bytes), "temporary_gib": gib(planned.temp_size_in_bytes)}
 
