@@ -10,7 +10,9 @@ Reach: validation MSE 0.0050, top 3.41 and bottom 3.45 nats per code (from the p
 gives the top prior's after 64 epochs and after a million steps; evaluations fall on both (within 0.1%). Its last row
 (batch 1024, 512/2048, 4 attentions) is this config's top prior: 3.49 after 80,000 steps, 3.42 after 1,000,000.
 Variants: tiny (seconds; for tests), paper (no revival of dead codes, which the paper does not have: expect most of the
-    codebook unused for long; plain Polyak average from the first step), small_prior (the cheapest top prior of Table 4,
+    codebook unused for long; plain Polyak average from the first step; BatchNorm in the bottom prior's conditioning
+    stack, which is the paper's over the whole batch alone: give it the devices for `bottom.train.accumulation=1`, for
+    each micro-batch is normalised by itself; group normalisation, the default, does not care), small_prior (the cheapest top prior of Table 4,
     batch 64, 64/256, no attention: 3.62), table4_b128_h256_r1024_a2 (any row of Table 4 by its batch, hidden units,
     residual units and attention layers).
 """
@@ -54,7 +56,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 "train": {"batch_size": 1024, "steps": 1_600_000, "accumulation": 16} | _every(20_000),
             },
             "bottom": {
-                "model": _prior(residual=1024) | {"conditioning": {"blocks": 20}},
+                "model": _prior(residual=1024) | {"conditioning": {"blocks": 20, "norm": "group"}},
                 "optim": _sqrt(hidden=512),
                 "train": {"batch_size": 512, "steps": 754_000, "accumulation": 32} | _every(10_000),
             },
@@ -83,6 +85,7 @@ def _sqrt(hidden: int) -> dict:
 
 def _paper(config: ConfigDict) -> ConfigDict:
     config.autoencoder.model.revival_threshold = 0.0
+    config.bottom.model.conditioning.norm = "batch"
     for stage in (config.autoencoder, config.top, config.bottom):
         stage.train.ema_ramp = False
     return config
