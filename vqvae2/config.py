@@ -150,8 +150,8 @@ class PriorConfig:
     conditioning: ConditioningConfig | None = None
     dtype: str = "float32"  # of the layers; or 'bfloat16'. Parameters, logits and likelihood stay float32
     remat: bool = False  # compute activations of layers again in the backward pass: less memory, a third more work
-    # Like layers are one loop of the compiled program. Without, they are plain code: the same parameters and values, but
-    # more to compile and more memory. On CPUs it is slower too, a tenth in training and half in sampling.
+    # Like layers are one loop of the compiled program. Without, they are plain code: the same parameters and values,
+    # more to compile, more memory. On CPUs that is slower too, a tenth in training and half in sampling.
     scan: bool = True
 
     def __post_init__(self) -> None:
