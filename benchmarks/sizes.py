@@ -6,13 +6,13 @@
 
 A JSON line a case, and then all of them as a table. Steps are compiled from shapes alone, for the config's mesh over 8
 devices of the CPU, its global batch and its accumulation: nothing is trained or allocated. `arguments_gib` are the
-state and the batch on one device, `temporary_gib` what the program needs beside them; their sum has to fit. Programs
-are those of an accelerator: micro-batches are scanned and, where `layers` says so, the layers of a prior too. XLA's CPU
-backend undoes rematerialisation of unrolled layers and computes bfloat16 in float32: both enlarge what it needs.
-Codebooks count as no parameters.
+state and the batch on one device, `temporary_gib` what the program needs beside them; their sum has to fit. XLA's CPU
+backend computes bfloat16 in float32, so an accelerator needs less where the config says bfloat16, up to half of
+`temporary_gib`. Codebooks count as no parameters.
 """
 
 import argparse
+import difflib
 import json
 import os
 import runpy
@@ -29,12 +29,20 @@ from bitsperdim import cli, optim, sharding
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
+from bitsperdim.errors import InputError
 from bitsperdim.model import Stage
 from vqvae2 import chain
 
 # Edge and number of classes of the images: no data set is opened.
-IMAGES = {"imagenet": (256, 1000), "ffhq": (1024, 0), "cifar10": (32, 10), "tiny_imagenet": (64, 200)}
-COLUMNS = ("config", "stage", "parameters", "batch", "arguments_gib", "temporary_gib", "layers", "compile_seconds")
+IMAGES = {
+    "imagenet": (256, 1000),
+    "ffhq": (1024, 0),
+    "folder": (256, 0),
+    "tiny_imagenet": (64, 200),
+    "cifar10": (32, 10),
+    "photos": (32, 0),
+}
+COLUMNS = ("config", "stage", "parameters", "batch", "arguments_gib", "temporary_gib", "sum_gib", "compile_seconds")
 
 
 def published() -> list[tuple[str, tuple[str, ...]]]:
@@ -46,9 +54,24 @@ def published() -> list[tuple[str, tuple[str, ...]]]:
         ("vqvae2_imagenet:small_prior", ("top",)),
         *(("vqvae2_imagenet:table4_b{}_h{}_r{}_a{}".format(*row), ("top",)) for row in rows),
         ("vqvae2_ffhq", ("autoencoder", "top", "middle", "bottom")),
-        ("vqvae2_cifar10", ("autoencoder", "top", "bottom")),
-        ("vqvae2_tiny_imagenet", ("autoencoder", "top", "bottom")),
+        *(
+            (f"vqvae2_{name}", ("autoencoder", "top", "bottom"))
+            for name in ("folder", "tiny_imagenet", "cifar10", "photos")
+        ),
     ]
+
+
+def chosen(configs: list[str] | None, stages: list[str] | None) -> list[tuple[str, list[str]]]:
+    """The published cases of these names; all of them without names. Raises InputError for one that there is not."""
+    cases = dict(published())
+    known = {"config": list(cases), "stage": list(dict.fromkeys(stage for row in cases.values() for stage in row))}
+    for what, given in (("config", configs), ("stage", stages)):
+        for name in given or ():
+            if name not in known[what]:
+                near = difflib.get_close_matches(name, known[what], n=1, cutoff=0.0)[0]
+                raise InputError(f"there is no {what} '{name}' here; did you mean '{near}'?")
+    chosen = {name: [stage for stage in row if stage in (stages or row)] for name, row in cases.items()}
+    return [(name, row) for name, row in chosen.items() if name in (configs or cases) and row]
 
 
 def main() -> None:
@@ -57,36 +80,30 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", help="these alone")
     parser.add_argument("--parameters", action="store_true", help="compile nothing")
     arguments = parser.parse_args()
-    # Our modules choose by it between scanning and unrolling; the program of an accelerator is what is asked for.
+    try:
+        wanted = chosen(arguments.configs, arguments.stages)
+    except InputError as error:
+        parser.error(str(error))
+    # Convolutions choose by it between their forms; that of an accelerator is what is asked for.
     jax.default_backend = lambda: "gpu"
     cases = []
-    for name, stages in published():
-        if arguments.configs and name not in arguments.configs:
-            continue
+    for name, stages in wanted:
         with tempfile.TemporaryDirectory() as folder:
-            run, scanned = of_shapes(folder, name)
+            run = of_shapes(folder, name)
             for stage in map(run.stage, stages):
-                if arguments.stages and stage.name not in arguments.stages:
-                    continue
-                layers = "" if stage.name == "autoencoder" else "scanned" if scanned else "unrolled"
-                case = {"config": name, "stage": stage.name, "layers": layers}
+                case = {"config": name, "stage": stage.name}
                 cases.append(case | measure(run, stage, not arguments.parameters))
                 print(json.dumps(cases[-1]), flush=True)
     print("\n" + "\n".join(table(cases)))
 
 
-def of_shapes(folder: str, name: str) -> tuple[run_lib.Run, bool]:
-    """A run that knows its images by their shape alone, and whether the layers of its priors are scanned."""
-    config = cli.load_config(name)
-    _, complete = run_lib.parse(config)
-    scanned = hasattr(complete.top.model, "scan")
-    for level in complete.levels if scanned else ():
-        config[level.split("_")[0]].model.scan = "on"
-    run = run_lib.check(folder, config)
+def of_shapes(folder: str, name: str) -> run_lib.Run:
+    """A run that knows its images by their shape alone."""
+    run = run_lib.check(folder, cli.load_config(name))
     edge, num_classes = IMAGES[name.split(":")[0].removeprefix("vqvae2_")]
     facts = {"shape": [edge, edge, 3], "levels": 256, "num_classes": num_classes, "variance": 0.25}
     run_lib.write_json(run.folder("autoencoder") / "data.json", facts)
-    return run, scanned
+    return run
 
 
 def measure(run: run_lib.Run, stage: Stage, compiles: bool) -> dict:
@@ -108,6 +125,7 @@ def measure(run: run_lib.Run, stage: Stage, compiles: bool) -> dict:
     return figures | {
         "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 2),
         "temporary_gib": round(memory.temp_size_in_bytes / 2**30, 2),
+        "sum_gib": round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30, 2),
         "compile_seconds": round(time.perf_counter() - start),
     }
 

@@ -56,7 +56,7 @@ class Observer:
 
     def catch_up(self, start: int, state: PyTree) -> dict[str, float]:
         """The evaluation and pictures of step `start`, where a signal kept the last start from making them."""
-        if start == 0 or not self._is_due(start, self._config.evaluate_every):
+        if start == 0 or not self._evaluates(start):
             return {}
         lines = metrics.read(self._folder / metrics.FILE)
         is_there = any(line["step"] == start and line.get("kind") == "evaluation" for line in lines)
@@ -81,9 +81,7 @@ class Observer:
 
     def _look(self, done: int, state: PyTree) -> dict[str, float]:
         """Evaluates and draws when it is time to."""
-        evaluates, draws = (
-            self._is_due(done, every) for every in (self._config.evaluate_every, self._config.pictures_every)
-        )
+        evaluates, draws = self._evaluates(done), self._is_due(done, self._config.pictures_every)
         figures: dict[str, float] = {}
         if evaluates or draws:
             with jax.transfer_guard("allow"):
@@ -96,6 +94,9 @@ class Observer:
 
     def _is_due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self._config.steps
+
+    def _evaluates(self, done: int) -> bool:
+        return self._is_due(done, self._config.evaluate_every) or done in dict(self._config.milestones).values()
 
     def message(self, text: str) -> None:
         self._console.message(text)
@@ -146,6 +147,8 @@ class Observer:
             lambda _: self._check_signals() if may_stop else None,
         )
         self._write(done, "evaluation", figures)
+        for name in [name for name, step in self._config.milestones if step == done]:
+            self._write(done, "milestone", {f"{figure}_at_{name}": value for figure, value in figures.items()})
         shown = {name: value for name, value in figures.items() if not name.endswith("_standard_error")}
         text = f"evaluation at step {done}: {metrics.shown(shown)}"
         self._console.message(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    "))

@@ -31,7 +31,8 @@ from bitsperdim.model import Stage
 
 # Keys that do not change what is learned: they may differ when a run is started again.
 FREE_KEYS = frozenset(
-    {"log_every", "evaluate_every", "pictures_every", "save_every", "keep_checkpoints"}
+    {"log_every", "evaluate_every", "pictures_every", "save_every", "keep_checkpoints", "milestones"}
+    | {"scan", "remat"}
     | {"accumulation", "max_non_finite", "tensorboard", "profile"}
     | {"data_dir", "download", "cache_dir", "decode_threads", "cache_limit_gib"}
     # Where images lie; that they are the same ones is checked by their fingerprint.

@@ -39,6 +39,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     tensorboard: bool = False  # event files beside metrics.jsonl
     profile: tuple[int, ...] = ()  # (first, last) step of a profiler trace, in STAGE/profile; (): none
+    milestones: tuple[tuple[str, int], ...] = ()  # (name, step): its evaluation is logged as FIGURE_at_NAME too
     best_metric: str = ""  # evaluation figure, smaller is better, whose best step is kept too and used after training
 
     def __post_init__(self) -> None:
@@ -59,11 +60,17 @@ class TrainConfig:
             raise ValueError(f"profile must be (first, last) step or (), not {self.profile}")
         if self.profile and self.profile[0] > self.steps:
             raise ValueError(f"profile must begin within the {self.steps} steps of the stage, not {self.profile}")
-        for name in ("steps", "log_every", "evaluate_every", "pictures_every", "save_every"):
-            if getattr(self, name) % self.steps_per_dispatch:
+        for name, step in self.milestones:
+            if not 0 < step <= self.steps:
                 raise ValueError(
-                    f"{name} must be a multiple of steps_per_dispatch={self.steps_per_dispatch}, "
-                    f"not {getattr(self, name)}"
+                    f"milestones must lie within the {self.steps} steps of the stage, not '{name}' at {step}"
+                )
+        every = ("steps", "log_every", "evaluate_every", "pictures_every", "save_every")
+        for name, step in (*((name, getattr(self, name)) for name in every), *self.milestones):
+            if step % self.steps_per_dispatch:
+                where = name if name in every else f"milestones '{name}'"
+                raise ValueError(
+                    f"{where} must be a multiple of steps_per_dispatch={self.steps_per_dispatch}, not {step}"
                 )
         if self.batch_size % self.accumulation:
             raise ValueError(

@@ -19,7 +19,7 @@ from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
-from vqvae2 import autoencoder_stage, codes, comparison, facts, latents, runs, sampling
+from vqvae2 import autoencoder_stage, codes, comparison, facts, latents, sampling
 from vqvae2.autoencoder import level_names
 from vqvae2.conditioning import Conditioner, ConditioningStack
 from vqvae2.prior import PixelSnail, Prior, incremental
@@ -47,7 +47,7 @@ def network(run: Run, name: str) -> Prior:
             "labels (of a folder with sub-folders: data.labels=True)"
         )
     (num_codes, cell), dtype = values(run, name), jnp.dtype(config.dtype)
-    manner = Manner(runs.is_scanned(config.scan), config.remat)
+    manner = Manner(config.scan, config.remat)
     reading = config.reading
     if reading == "auto":
         reading = "quadrant" if config.attention_every else "causal"

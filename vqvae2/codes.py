@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 from bitsperdim import extracted, trainer
 from bitsperdim.data import Source
+from bitsperdim.errors import InputError
 from bitsperdim.model import Batch, Stage
 from bitsperdim.run import Run
 from vqvae2 import autoencoder_stage, facts
@@ -65,12 +66,28 @@ def open_codes(run: Run, split: str) -> Source:
     arrays = extracted.open_arrays(run, _extraction(run), split)
     size, *grid = arrays[run.config.levels[-1]].shape[:3]
 
-    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: array[indices].astype(np.int32) for name, array in arrays.items()}
-
     levels, num_classes = run.config.autoencoder.model.num_codes, facts.of_run(run).num_classes
+    if "label" in arrays:
+        _check_range(run, split, "label", arrays["label"][np.arange(size)], num_classes)
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        rows = {name: array[indices].astype(np.int32) for name, array in arrays.items()}
+        for level in run.config.levels:  # all of them at once would be read from the disk at every start
+            _check_range(run, split, level, rows[level], levels)
+        return rows
+
     origin = extracted.origin(run, _extraction(run))
     return Source(f"codes of {split}", size, (grid[0], grid[1], 1), levels, num_classes, read, fingerprint=origin)
+
+
+def _check_range(run: Run, split: str, name: str, values: np.ndarray, count: int) -> None:
+    """An embedding would take what it has no row for as zero, without a word."""
+    if values.size and not 0 <= values.min() <= values.max() < count:
+        wrong = values[(values < 0) | (values >= count)].flat[0]
+        raise InputError(
+            f"the field '{name}' of the {split} codes in {run.folder('codes')} holds {wrong}, which does not lie in "
+            f"0..{count - 1}; remove the folder, or leave out images without a class"
+        )
 
 
 def autoencoder(run: Run, mesh: Mesh) -> PyTree:

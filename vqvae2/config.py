@@ -15,7 +15,6 @@ from bitsperdim.step import TrainConfig
 from vqvae2.attention import DROPPED
 from vqvae2.autoencoder import level_names
 from vqvae2.prior import READINGS
-from vqvae2.runs import SCANS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +168,9 @@ class PriorConfig:
     conditioning: ConditioningConfig | None = None
     dtype: str = "float32"  # of the layers; or 'bfloat16'. Parameters, logits and likelihood stay float32
     remat: bool = False  # compute activations of layers again in the backward pass: less memory, a third more work
-    # 'on': like layers are one loop of the compiled program; 'off': plain code, slower to compile and with more memory.
-    # The parameters and the values are the same. 'auto': see `runs.is_scanned`.
-    scan: str = "auto"
+    # Like layers are one loop of the compiled program. Without, they are plain code: the same parameters and values,
+    # more to compile, more memory. On CPUs that is slower too, a tenth in training and half in sampling.
+    scan: bool = True
 
     def __post_init__(self) -> None:
         at_least(self, 1, "hidden", "residual", "layers", "embedding", "attention_heads", "mixtures")
@@ -179,7 +178,7 @@ class PriorConfig:
         if self.filter < 3 or not self.filter % 2:
             raise ValueError(f"filter must be odd and at least 3, not {self.filter}")
         one_of(self, activation=("elu", "concat_elu"), dtype=("float32", "bfloat16"))
-        one_of(self, reading=("auto", *READINGS), attention_dropped=DROPPED, scan=SCANS)
+        one_of(self, reading=("auto", *READINGS), attention_dropped=DROPPED)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
         if self.attention_every > self.layers:

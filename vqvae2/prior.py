@@ -50,23 +50,48 @@ class Group(nn.Module):
     def __call__(
         self, x: State, index: Int[Array, ""], embedded: Float[Array, "b h w e"] | None, context: Context
     ) -> State:
-        layer = lambda layer, x, i: layer(x, context.of_layer(index, i), index * self.every + i)
-        x = run(self.layer, layer, x, self.every, self.manner, context)
+        place = lambda i: (index, i)
+        x = _layers(self.layer, x, self.every, self.manner, context, place, index * self.every)
         if isinstance(context.place, Row):
             return x
         attend = lambda attention, x: attention(x, embedded, context.of_layer(index), index)
-        attend = runs.rematerialised(attend, self.manner)
+        attend = _of_its_own(attend, self.manner, context, (index,))
         if isinstance(x, Streams):
             return x._replace(horizontal=attend(self.attention, x.horizontal))
         return attend(self.attention, x)
 
 
-def run(block: nn.Module, apply: Callable, x: State, count: int, manner: Manner, context: Context) -> State:
-    """`runs.run` of blocks that keep something where a cell or a row is evaluated, without a backward pass."""
+def _layers(
+    layer: GatedResidual | TwoStackResidual,
+    x: State,
+    count: int,
+    manner: Manner,
+    context: Context,
+    place: Callable[[Int[Array, ""]], tuple] = lambda i: (i,),
+    first: Int[Array, ""] | int = 0,
+) -> State:
+    """A run of gated layers, of the numbers `first`, first + 1, ... in the network."""
+
+    def apply(layer: nn.Module, x: State, i: Int[Array, ""]) -> State:
+        call = lambda layer, x: layer(x, context.of_layer(*place(i)), first + i)
+        return _of_its_own(call, manner, context, place(i))(layer, x)
+
+    return _run(layer, apply, x, count, manner, context)
+
+
+def _of_its_own(call: Callable, manner: Manner, context: Context, place: tuple) -> Callable:
+    """call(module, x) with the parameters at this place of the runs, or with what `runs.run` hands it as its own."""
     if context.place is None:
-        return runs.run(block, apply, x, count, manner)
-    manner = manner._replace(remat=False)
-    return runs.run(block, apply, x, count, manner, **{"made" if context.fresh else "carried": KEPT})
+        return runs.rematerialised(call, manner)
+    return call if context.fresh else runs.at_place(call, place)
+
+
+def _run(block: nn.Module, apply: Callable, x: State, count: int, manner: Manner, context: Context) -> State:
+    """`runs.run`, or what does the same for a cell or a row."""
+    manner = manner._replace(remat=False)  # the parts of blocks are, see `_of_its_own`
+    if context.place is None or context.fresh:
+        return runs.run(block, apply, x, count, manner, made=KEPT if context.fresh else ())
+    return runs.loop(block, apply, x, count, manner, carried=KEPT)
 
 
 class PixelSnail(nn.Module):
@@ -115,7 +140,7 @@ class PixelSnail(nn.Module):
         `conditioning` is that of the cell, or of the row above."""
         context = Context(conditioning, label, keys, place, fresh=not self.variables.get(ROWS))
         x, embedded = self._embedded(codes, place)
-        x = self._layers(x, embedded, context)
+        x = self._stack(x, embedded, context)
         if isinstance(place, Row):
             return None
         x = x.horizontal if isinstance(x, Streams) else x
@@ -154,7 +179,7 @@ class PixelSnail(nn.Module):
         exists = (around >= 0).reshape(len(codes), 2, 3, -1)[..., 0]
         return Stem(self.hidden, self.dtype, name="stem").at_cell(embed(around), exists), embedded
 
-    def _layers(self, x: State, embedded: Float[Array, "b h w e"] | None, context: Context) -> State:
+    def _stack(self, x: State, embedded: Float[Array, "b h w e"] | None, context: Context) -> State:
         """Groups of layers with an attention behind them, then what layers are left over."""
         shared = {"activation": self.activation, "dropout": self.dropout, "dtype": self.dtype}
         kind = TwoStackResidual if self.reading == "causal" else GatedResidual
@@ -165,11 +190,9 @@ class PixelSnail(nn.Module):
             attention = CausalAttention(*sizes, dropped=self.attention_dropped, **shared, parent=None)
             group = Group(layer(parent=None), attention, self.attention_every, self.manner, name="groups")
             apply = lambda group, x, index: group(x, index, embedded, context)
-            # The parts of a group are forgotten one by one, so the group itself is not.
-            x = run(group, apply, x, groups, self.manner._replace(remat=False), context)
+            x = _run(group, apply, x, groups, self.manner, context)
         if rest:
-            apply = lambda layer, x, index: layer(x, context.of_layer(index), groups * self.attention_every + index)
-            x = run(layer(name="layers"), apply, x, rest, self.manner, context)
+            x = _layers(layer(name="layers"), x, rest, self.manner, context, first=groups * self.attention_every)
         return x
 
 

@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
+
+from bitsperdim.causal import take
 
 X = TypeVar("X")
 Block = TypeVar("Block", bound=nn.Module)
 
-SCANS = ("auto", "on", "off")
 # Collections in which each block of a run has values of its own.
 OWN = ("params", "batch_stats", "batch_moments", "intermediates")
 
@@ -28,39 +30,60 @@ class Manner(NamedTuple):
     remat: bool = False
 
 
-def is_scanned(scan: str) -> bool:
-    """'on' and 'off' as they say; 'auto' scans."""
-    return scan != "off"
-
-
 def run(
     block: Block,
     apply: Callable[[Block, X, Int[Array, ""]], X],
     x: X,
     count: int,
     manner: Manner,
-    carried: Sequence[str] = (),
     made: Sequence[str] = (),
 ) -> X:
     """x <- apply(block, x, i) for i = 0 ... count - 1, each i with parameters of its own.
 
-    The blocks change the collections `carried` one after another, as one array each, and leave the collections `made`
-    behind them as one array each, with a leading axis for the block.
+    What the blocks leave in the collections `made` becomes one array each too.
     """
-
-    def step(block: Block, x: X, index: Int[Array, ""]) -> tuple[X, None]:
-        return apply(block, x, index), None
-
     repeated = nn.scan(
-        rematerialised(step, manner),
+        rematerialised(_stepping(apply), manner),
         variable_axes=dict.fromkeys((*OWN, *made), 0),
-        variable_carry=list(carried),
         split_rngs={"params": True},
         length=count,
         unroll=1 if manner.scan else count,
         check_constancy_invariants=False,
     )
     return repeated(block, x, jnp.arange(count))[0]
+
+
+def loop(
+    block: Block,
+    apply: Callable[[Block, X, Int[Array, ""]], X],
+    x: X,
+    count: int,
+    manner: Manner,
+    carried: Sequence[str],
+) -> X:
+    """As `run` for blocks that change the collections `carried`, where each finds its own by its number, without
+    gradients. The parameters too are those of the whole run, until `at_place`: runs within runs that hand on parts of
+    them would copy all of them once for every level, which is most of the time where they are used for one cell."""
+    repeated = nn.scan(
+        _stepping(apply),
+        variable_broadcast="params",
+        variable_carry=list(carried),
+        split_rngs={"params": False},
+        length=count,
+        unroll=1 if manner.scan else count,
+        check_constancy_invariants=False,
+    )
+    return repeated(block, x, jnp.arange(count))[0]
+
+
+def at_place(apply: Callable, place: tuple[Int[Array, ""] | int, ...]) -> Callable:
+    """apply(module, *arrays), where the module has the parameters at this place of the runs that it is in."""
+    own = lambda leaf: take(leaf, place, (0,) * (leaf.ndim - len(place)), leaf.shape[len(place) :])
+    return nn.map_variables(apply, "params", trans_in_fn=lambda params: jax.tree.map(own, params))
+
+
+def _stepping(apply: Callable) -> Callable:
+    return lambda block, x, index: (apply(block, x, index), None)
 
 
 def rematerialised(apply: Callable, manner: Manner) -> Callable:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from bitsperdim import metrics, plots, tfrecord, trainer
 from bitsperdim.errors import InputError
+from bitsperdim.step import TrainConfig
 
 SHORT = {"train.steps": 8, "train.evaluate_every": 4, "train.pictures_every": 8, "train.save_every": 4}
 
@@ -48,6 +49,22 @@ def tape(monkeypatch):
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: happened.append("stop"))
     monkeypatch.setattr(plots, "curves", lambda records: np.zeros((1, 1, 3), np.uint8))  # half of the time
     return happened
+
+
+def test_a_milestone_is_measured_at_its_step_and_logged_under_its_name(train):
+    lines = metrics.read(train(milestones=(("two_epochs", 3), ("the_end", 8))) / metrics.FILE)
+    measured = {line["step"]: line for line in lines if line["kind"] == "evaluation"}
+    assert list(measured) == [3, 4, 8]
+    named = [line for line in lines if line["kind"] == "milestone"]
+    assert [line["step"] for line in named] == [3, 8]
+    assert named[0]["bits_per_dim_at_two_epochs"] == measured[3]["bits_per_dim"]
+    assert named[1]["bits_per_dim_at_the_end"] == measured[8]["bits_per_dim"] != measured[3]["bits_per_dim"]
+
+
+@pytest.mark.parametrize("step", [0, 9])
+def test_a_milestone_that_is_never_reached_is_refused(step):
+    with pytest.raises(ValueError, match=f"milestones must lie within the 8 steps of the stage, not 'late' at {step}"):
+        TrainConfig(batch_size=8, steps=8, milestones=(("late", step),))
 
 
 @pytest.mark.parametrize(

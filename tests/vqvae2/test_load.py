@@ -17,42 +17,12 @@ GRIDS = {"top": (2, 2), "bottom": (4, 4)}
 CHOSEN = 37 * np.arange(40)
 
 
-def random_state(shapes):
-    """Weights as large as trained ones, and running averages of a codebook in use."""
-    generator = np.random.default_rng(2)
-
-    def draw(path, leaf):
-        name = jax.tree_util.keystr(path)
-        if leaf.dtype != np.float32:
-            value = np.full(leaf.shape, 6, leaf.dtype)
-        elif "ema_counts" in name:
-            value = generator.uniform(1, 2, leaf.shape)
-        else:
-            value = generator.standard_normal(leaf.shape)
-            value *= (2.0 / np.prod(leaf.shape[:-1])) ** 0.5 if leaf.ndim > 1 else 0.0
-        return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, untrained):
     """A complete run of random weights; not to be changed. Its data set is at hand while it is made and no longer."""
     config = cli.load_config("vqvae2_photos:tiny")
     config.data.image_size = 16
-    run = run_lib.check(tmp_path_factory.mktemp("load") / "run", config)
-    mesh = sharding.make_mesh(run.config.mesh)
-    for stage in run.stages():
-        if stage.extract is not None:
-            stage.extract(run, mesh, lambda: None)
-            continue
-        model = stage.model(run)
-        sources = {split: stage.source(run, split) for split in ("train", "evaluation")}
-        trainer._record_start(run, stage, sources)
-        with trainer.checkpoints_of(run, stage) as checkpoints:
-            checkpoints.save(6, random_state(trainer.abstract_state(run, stage, model, mesh)))
-    assert all(trainer.is_complete(run, stage) for stage in run.stages())
-    return run
+    return untrained(tmp_path_factory.mktemp("load") / "run", config)
 
 
 @pytest.fixture(autouse=True)
