@@ -3,9 +3,10 @@
     XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 0 python benchmarks/priors.py
 
 Seconds are those of the processor, so that a CPU's other work does not count; an accelerator needs wall time.
-The prior has no attention, 128 hidden and 512 residual units in 20 layers, weights drawn at random; both samplers have
-the same weights and noise. `seconds_cached` is a whole grid. Whole passes are timed for one position and multiplied
-where a grid would take minutes (`estimated`); where they are not, both must draw the same codes (`same_codes`).
+The prior has 128 hidden and 512 residual units in 20 layers, no attention unless it is asked for, and weights drawn at
+random; both samplers have the same weights and noise. `compile_seconds` and `seconds_cached`, a whole grid, are the
+processor's too. Whole passes are timed for one position and multiplied where a grid would take minutes (`estimated`);
+where they are not, both must draw the same codes (`same_codes`).
 """
 
 import argparse
@@ -17,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitsperdim import rng
 from vqvae2 import sampling
-from vqvae2.prior import KEPT, PixelSnail, Prior
+from vqvae2.prior import READINGS, PixelSnail, Prior, incremental
+from vqvae2.runs import Manner
 
 NUM_CODES = 512
 ALL_BELOW = 12  # sides of grids that whole passes draw to the end
@@ -31,10 +32,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--sides", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--reading", choices=READINGS, default="quadrant")
+    parser.add_argument("--attention_every", type=int, default=0)
     arguments = parser.parse_args()
-    prior = Prior(PixelSnail(NUM_CODES, 64, arguments.hidden, 4 * arguments.hidden, arguments.layers))
+    reading, every, hidden = arguments.reading, arguments.attention_every, arguments.hidden
+    network = PixelSnail(NUM_CODES, 64, hidden, 4 * hidden, arguments.layers, 5 if reading == "causal" else 3, reading)
+    prior = Prior(network.clone(attention_every=every, attention_features=hidden // 2, manner=Manner(scan=True)))
     params = jax.jit(prior.init)(jax.random.key(0), jnp.zeros((1, 4, 4), jnp.int32))["params"]
-    about = {"hidden": arguments.hidden, "layers": arguments.layers}
+    about = {"hidden": hidden, "layers": arguments.layers, "reading": reading, "attention_every": every}
     about["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
     for batch in arguments.batches:
         for side in arguments.sides:
@@ -43,21 +48,26 @@ def main() -> None:
 
 
 def measure(prior: Prior, params, side: int, batch: int) -> dict:
-    keys = rng.per_example(jax.random.key(1), jnp.arange(batch))
-    noise, shape = sampling.gumbel_noise(keys, NUM_CODES), (batch, side, side)
-    cell_logits = functools.partial(prior.apply, method="cell_logits", mutable=KEPT)
+    noise, shape = sampling.gumbel_noise(jax.random.key(1), jnp.arange(batch), NUM_CODES), (batch, side, side)
 
     @jax.jit
     def cached(params):
-        at_cell = lambda codes, cell, kept: cell_logits({"params": params} | kept, codes, cell)
-        return sampling.sample_codes_cached(at_cell, noise, shape)
+        return sampling.sample_codes(incremental(prior, {"params": params}), noise, shape)
 
     @jax.jit
     def whole(params):
-        return sampling.sample_codes(lambda codes: prior.apply({"params": params}, codes), noise, shape)
+        network = sampling.whole(lambda codes: prior.apply({"params": params}, codes))  # pyright: ignore
+        return sampling.sample_codes(network, noise, shape)
 
+    start = clock()
+    cached.lower(params).compile()
+    compile_seconds = clock() - start
     codes, seconds = timed(cached, params)
-    figures = {"seconds_cached": seconds, "milliseconds_a_position": 1e3 * seconds / side**2}
+    figures = {
+        "compile_seconds": compile_seconds,
+        "seconds_cached": seconds,
+        "milliseconds_a_position": 1e3 * seconds / side**2,
+    }
     if side <= ALL_BELOW:
         expected, seconds_whole = timed(whole, params)
         figures |= {"same_codes": bool((codes == expected).all()), "estimated": False}

@@ -1,8 +1,9 @@
-"""Parameters of every stage of the VQ-VAE-2 configs, and the memory that its training step takes on each of 8 devices.
+"""Parameters of every stage of the VQ-VAE-2 configs, and the memory that its training step takes on each device.
 
     python benchmarks/sizes.py                                                  every published config, hours
     python benchmarks/sizes.py --configs vqvae2_cifar10 --stages top bottom     a part of them
     python benchmarks/sizes.py --parameters                                     without memory, a minute
+    DEVICES=1 python benchmarks/sizes.py --configs vqvae2_folder                on one device instead of 8
 
 A JSON line a case, and then all of them as a table. Steps are compiled from shapes alone, for the config's mesh over 8
 devices of the CPU, its global batch and its accumulation: nothing is trained or allocated. `arguments_gib` are the
@@ -19,7 +20,9 @@ import runpy
 import tempfile
 import time
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={os.environ.get('DEVICES', '8')}"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "top": {
                 "model": _prior() | {"attention_every": 5, "attention_features": 128},
                 "optim": _sqrt(),
-                "train": {"batch_size": 64, "steps": 200_000, "best_metric": "nats_per_code"},
+                "train": {"batch_size": 64, "accumulation": 4, "steps": 200_000, "best_metric": "nats_per_code"},
             },
             "bottom": {
                 "model": _prior() | {"conditioning": {"blocks": 8, "widths": (256, 512), "bottlenecks": (128, 256)}},
