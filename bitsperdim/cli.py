@@ -90,8 +90,6 @@ def evaluate() -> None:
 def sample() -> None:
     """Draws pictures from a run; writes samples.png, samples.npy (uint8 levels, NHWC) and sampling.json.
 
-    Of autoregressive models also sampling.npz: network calls of each image, and how much of it was final after each.
-
     python sample.py --workdir=RUN [flags]
 
       --num=16                  number of samples
@@ -106,14 +104,12 @@ def sample() -> None:
       --features=MODULE:FUNCTION  nearest in this space instead: images -> numbers [n, ...]
       --config.data.KEY=FOLDER  where the training images are now, as for evaluate.py
 
-    Where the model is autoregressive over pixels or codes also
-
+    Where the model is autoregressive over pixels or codes (sampling.npz then has the network calls of each image):
       --top_k=K --top_p=P       the K likeliest values alone; the likeliest ones that together have the probability P
       --sampler=NAME            default: the fastest for the batch, as --compare_samplers measured it
       --batch_size=N            images drawn at once
       --given=FILE.npy          known pixels [h, w, c] or [n, h, w, c], -1 where the model is to fill in
-      --compare_samplers        measure every sampler; writes samplers.json, row by row, and pictures. Stopped, the
-                                same command goes on behind the last row
+      --compare_samplers        measure every sampler; writes samplers.json, row by row, so it can go on, and pictures
       --traceback               show where an error comes from
     """
     _script(_sample, sample.__doc__)
