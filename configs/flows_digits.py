@@ -3,7 +3,7 @@
     python train.py --config=configs/flows_digits.py
 
 Meant for: two CPU cores.
-Reach: there is no published figure for this data set (17 levels); what it reached here is in the README.
+Reach: there is no published figure for this data set (17 levels).
 Variants: variational (learned noise), glow (the baseline), tiny (seconds; for tests).
 """
 
