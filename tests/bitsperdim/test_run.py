@@ -75,7 +75,7 @@ def test_a_key_that_is_gone_is_a_difference(start, toy_config):
         ("train.pictures_every", 5),
         ("train.save_every", 5),
         ("train.keep_checkpoints", 5),
-        ("train.milestones", (("late", 5),)),
+        ("train.milestones", [["late", 5]]),
         ("train.accumulation", 2),
         ("train.max_non_finite", 5),
         ("train.steps", 13),
