@@ -243,7 +243,7 @@ def test_prepared_weights_give_the_same_bits(categorical):
     "config, grid, message",
     [
         (NetworkConfig(filters=160), Grid(8, 8, 3, 4), "filters=160 must be a multiple of the images' 3 channels"),
-        (NetworkConfig(), Grid(8, 10, 3, 4), "images are 8x10, .* multiples of 4"),
+        (NetworkConfig(), Grid(8, 10, 3, 4), "halves 8x10 pixels or codes twice, .* multiples of 4"),
         (NetworkConfig(output="dmol"), Grid(8, 8, 4, 4), "1 or 3 channels, not 4"),
     ],
 )
