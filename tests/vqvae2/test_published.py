@@ -81,6 +81,7 @@ def test_a_row_of_table_4_and_its_two_columns(row):
     section = load("imagenet:table4_b{}_h{}_r{}_a{}".format(*row)).top
     assert sizes(section)[:5] == (batch, hidden, residual, 20, attentions)
     assert section.optim.hidden_units == hidden
+    assert section.model.reading == ("auto" if row == TABLE_4[-1] else "causal")  # alike with and without attention
     steps = dict(section.train.milestones)
     assert steps["1m_steps"] == 1_000_000
     assert steps["64_epochs"] * batch / IMAGES == pytest.approx(64, abs=1e-3)
