@@ -180,6 +180,7 @@ def test_the_last_evaluation_is_made_in_full(tmp_path, toy_config, monkeypatch):
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [3]
 
 
+# An hour in short sleeps: a signal that comes just before a sleep begins is seen only after it.
 IMPORT_SLOWLY = """
     import sys, time
 
@@ -187,7 +188,7 @@ IMPORT_SLOWLY = """
         def find_spec(self, name, *_):
             if name == "jax":
                 print("importing jax", file=sys.stderr, flush=True)
-                time.sleep(3600)
+                [time.sleep(0.1) for _ in range(36_000)]
 
     sys.meta_path.insert(0, Slow())
 """
@@ -198,7 +199,7 @@ OPEN_SLOWLY = """
     def open_slowly(*_):
         try:
             print("opening the data", file=sys.stderr, flush=True)
-            time.sleep(3600)
+            [time.sleep(0.1) for _ in range(36_000)]
         except Exception:  # as a reader of files has it
             print("taken for an error of the reader", file=sys.stderr)
 
