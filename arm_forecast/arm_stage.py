@@ -27,7 +27,7 @@ def stage(config: Config) -> Stage:
         model=lambda run: make(config.arm, facts.grid(run), "codes" if latent else "image"),
         source=_source,
         pictures=pictures.of_arm,
-        facts=None if latent else lambda run: vars(facts.of_run(run)),
+        facts=None if latent else lambda run: facts.of_run(run)._asdict(),
         optim=config.arm.optim,
         settings=config.arm.train,
     )

@@ -31,7 +31,7 @@ def stage(config: Config) -> Stage:
         model=make,
         source=lambda run, split: data.open_source(config.data, split),
         pictures=lambda run, mesh: _pictures(run),
-        facts=lambda run: vars(facts.of_run(run)),
+        facts=lambda run: facts.of_run(run)._asdict(),
         optim=config.autoencoder.optim,
         settings=config.autoencoder.train,
     )

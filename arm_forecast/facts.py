@@ -1,34 +1,11 @@
-"""What the data of a run turned out to be, kept in the run, so that sampling needs no data set."""
-
-import dataclasses
-import functools
+"""The dimensions of an autoregressive model, from what the images of its run turned out to be (`bitsperdim.facts`)."""
 
 from arm_forecast.pixelcnn import Grid
-from bitsperdim import data
-from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
+from bitsperdim.facts import of_run
 from bitsperdim.run import Run
 
 DOWNSAMPLING = 4  # of the autoencoder under a latent ARM
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """Shape (height, width, channels) and levels of the images."""
-
-    shape: tuple[int, int, int]
-    levels: int
-
-
-@functools.lru_cache(maxsize=8)
-def of_run(run: Run) -> Facts:
-    """From the folder of the run's first stage, or from the data set where that has not begun."""
-    path = run.folder(run.stages()[0].name) / "data.json"
-    if path.exists():
-        values = run_lib.read_json(path, {"shape": [int, int, int], "levels": int})
-        return Facts(tuple(values["shape"]), values["levels"])
-    source = data.open_source(run.config.data, "train")
-    return Facts(source.shape, source.levels)
 
 
 def grid(run: Run) -> Grid:

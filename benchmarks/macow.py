@@ -24,9 +24,9 @@ import jax.numpy as jnp
 
 from bitsperdim import cli, optim, rng
 from bitsperdim import run as run_lib
+from bitsperdim.facts import Facts
 from flows import density, stage
 from flows.config import Config, ModelConfig
-from flows.facts import Facts
 
 # Edge and levels of the images of each published config, and the parameters that Table 4 of the appendix gives, in
 # millions.

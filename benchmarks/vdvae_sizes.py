@@ -23,9 +23,9 @@ from bitsperdim import cli, optim, sharding
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
+from bitsperdim.facts import Facts
 from vdvae import layers, model_stage, vae
 from vdvae.config import Config
-from vdvae.facts import Facts
 
 # Published: millions of parameters, gigabytes, bits/dim (nats of MNIST). Table 3 and 4, then 1a, 1b, 7, 8 and 9; None
 # where the paper does not say. Batch and devices of the memory are those of the paper.

@@ -19,8 +19,8 @@ from bitsperdim import cli, optim, sharding
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
+from bitsperdim.facts import Facts
 from vdvae import model_stage
-from vdvae.facts import Facts
 
 
 def main() -> None:

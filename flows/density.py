@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Key, PyTree, UInt8
 from bitsperdim import dequantize
 from bitsperdim.dequantize import Range
 from bitsperdim.errors import InputError
+from bitsperdim.facts import Facts
 from flows import bounds, dequantization, layers
 from flows.config import ModelConfig
-from flows.facts import Facts
 
 Latents = tuple[Float[Array, "b h w c"], ...]
 

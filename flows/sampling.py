@@ -14,14 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
-from bitsperdim import dequantize, rng, sharding, trainer
+from bitsperdim import dequantize, facts, rng, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
+from bitsperdim.facts import Facts
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
-from flows import bounds, density, facts, stage
+from flows import bounds, density, stage
 from flows.density import Latents
-from flows.facts import Facts
 
 
 def load(run: Run, mesh: Mesh) -> Loaded:

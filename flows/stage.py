@@ -13,13 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 
-from bitsperdim import augment, data, dequantize, images, likelihood, rng, sharding
+from bitsperdim import augment, data, dequantize, facts, images, likelihood, rng, sharding
+from bitsperdim.facts import Facts
 from bitsperdim.model import Aux, Batch, Model, Pictures, Stage
 from bitsperdim.run import Run
-from flows import bounds, density, facts
+from flows import bounds, density
 from flows.config import Config, ModelConfig
 from flows.density import Density
-from flows.facts import Facts
 
 NUM_PICTURES = 16
 
@@ -34,7 +34,7 @@ def stage(config: Config) -> Stage:
         source=lambda run, split: data.open_source(config.data, split),
         pictures=_pictures,
         begin=_begin,
-        facts=lambda run: vars(facts.of_run(run)),
+        facts=lambda run: facts.of_run(run)._asdict(),
         optim=config.optim,
         settings=config.train,
     )

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from bitsperdim import augment, data, likelihood, rng
+from bitsperdim import facts as facts_lib
+from bitsperdim.facts import Facts
 from bitsperdim.model import Aux, Batch, Model, Stage
-from vdvae import facts as facts_lib
 from vdvae import levels, pictures, vae
 from vdvae.config import Config, ObjectiveConfig
-from vdvae.facts import Facts
 from vdvae.vae import Vae
 
 

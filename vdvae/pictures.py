@@ -6,10 +6,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from bitsperdim import data, images, rng
+from bitsperdim import data, facts, images, rng
 from bitsperdim.model import Pictures
 from bitsperdim.run import Run
-from vdvae import coding, facts, vae
+from vdvae import coding, vae
 
 NUM_PICTURES = 16
 

@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
-from bitsperdim import rng, sharding, trainer
+from bitsperdim import facts, rng, sharding, trainer
 from bitsperdim.errors import InputError
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
-from vdvae import coding, facts, levels, vae
+from vdvae import coding, levels, vae
 from vdvae.config import Config
 from vdvae.vae import Vae
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from bitsperdim.errors import InputError
+from bitsperdim.facts import Facts
 from vdvae import layers, levels, network, outputs
 from vdvae.config import ModelConfig
-from vdvae.facts import Facts
 from vdvae.layers import Params
 from vdvae.network import Draw, Keep, Network, Source
 from vdvae.outputs import Output

@@ -10,9 +10,9 @@ import pytest
 
 from bitsperdim import dequantize, rng
 from bitsperdim.errors import InputError
+from bitsperdim.facts import Facts
 from flows import bounds, density, dequantization
 from flows.config import DequantizationConfig, FlowConfig, ModelConfig
-from flows.facts import Facts
 
 ONE = FlowConfig(((1,),), (4,))
 NOISE = DequantizationConfig(FlowConfig(((1,),), (4,)), 2)

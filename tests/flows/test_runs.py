@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import bitsperdim
-from bitsperdim import adopt, cli, data, rng, sharding, trainer
+from bitsperdim import adopt, cli, data, facts, rng, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
+from bitsperdim.facts import Facts
 from bitsperdim.metrics import read
-from flows import convert, density, facts, imported, latents, layers
-from flows.facts import Facts
+from flows import convert, density, imported, latents, layers
 
 
 def config_of(variant="tiny", **changes):

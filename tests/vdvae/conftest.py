@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from bitsperdim.facts import Facts
 from vdvae import convert, levels, vae
 from vdvae.config import ModelConfig
-from vdvae.facts import Facts
 
 LN2 = 0.6931472
 

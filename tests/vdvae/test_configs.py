@@ -7,8 +7,8 @@ import pytest
 from bitsperdim import cli, optim
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
+from bitsperdim.facts import Facts
 from vdvae import layers, levels, model_stage, vae
-from vdvae.facts import Facts
 
 # Millions of parameters, of them in maps ('enter/bias_map') and bottom-up; latent dimensions; layers up and down.
 EFFICIENT = {

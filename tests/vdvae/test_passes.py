@@ -8,10 +8,10 @@ import pytest
 from bitsperdim import distributions, optim, sharding
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
+from bitsperdim.facts import Facts
 from bitsperdim.model import Aux, Model
 from vdvae import coding, levels, model_stage, network, outputs, vae
 from vdvae.config import ModelConfig, ObjectiveConfig
-from vdvae.facts import Facts
 from vdvae.network import Source
 
 NUM_STEPS = 4

@@ -13,10 +13,10 @@ from bitsperdim import cli, data, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim import step as step_lib
 from bitsperdim.errors import InputError
+from bitsperdim.facts import Facts
 from bitsperdim.metrics import read
 from vdvae import coding, levels, model_stage, vae
 from vdvae.config import ModelConfig, ObjectiveConfig
-from vdvae.facts import Facts
 
 DIGITS = Facts((8, 8, 1), 17)
 

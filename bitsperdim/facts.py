@@ -1,15 +1,17 @@
-"""What the data of a run turned out to be, kept in the run, so that sampling needs no data set."""
+"""What the images of a run turned out to be, kept in the run, so that sampling needs no data set.
 
-import dataclasses
+Not here: facts that one family alone needs (`vqvae2/facts.py`), or derives from these (`arm_forecast/facts.py`).
+"""
+
 import functools
+from typing import NamedTuple
 
 from bitsperdim import data
 from bitsperdim import run as run_lib
 from bitsperdim.run import Run
 
 
-@dataclasses.dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """Shape (height, width, channels) and levels of the images."""
 
     shape: tuple[int, int, int]
@@ -18,8 +20,8 @@ class Facts:
 
 @functools.lru_cache(maxsize=8)
 def of_run(run: Run) -> Facts:
-    """From the folder of the run's stage, or from the data set where that has not begun."""
-    path = run.folder("model") / "data.json"
+    """From the folder of the run's first stage, or from the data set where that has not begun."""
+    path = run.folder(run.stages()[0].name) / "data.json"
     if path.exists():
         values = run_lib.read_json(path, {"shape": [int, int, int], "levels": int})
         return Facts(tuple(values["shape"]), values["levels"])
