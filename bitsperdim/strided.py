@@ -26,7 +26,7 @@ class HalvingConv(nn.Module):
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         # K[2 a + p] meets pixel p of the block a blocks further.
         blocks = kernel.reshape(2, 2, 2, 2, -1, self.features).transpose(0, 2, 1, 3, 4, 5)
-        x = _space_to_depth(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
+        x = space_to_depth(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
         return convolve(x, blocks.reshape(2, 2, -1, self.features)) + bias
 
 
@@ -44,7 +44,7 @@ class DoublingConv(nn.Module):
         phases = kernel.reshape(2, 2, 2, 2, -1, self.features)[:, ::-1, :, ::-1].transpose(0, 2, 4, 1, 3, 5)
         phases = phases.reshape(2, 2, -1, 4 * self.features)
         x = convolve(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), phases)
-        return _depth_to_space(x)[:, 1:-1, 1:-1] + bias
+        return depth_to_space(x)[:, 1:-1, 1:-1] + bias
 
 
 class BlockConvTranspose(nn.Module):
@@ -57,7 +57,7 @@ class BlockConvTranspose(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w f"]:
         kernel, bias = _parameters(self, x.shape[-1], side=2)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return _depth_to_space(x @ kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(x.shape[-1], -1)) + bias
+        return depth_to_space(x @ kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(x.shape[-1], -1)) + bias
 
 
 def _parameters(module: nn.Module, channels: int, side: int = 4) -> tuple[Array, Array]:
@@ -66,13 +66,15 @@ def _parameters(module: nn.Module, channels: int, side: int = 4) -> tuple[Array,
     return kernel, module.param("bias", nn.initializers.zeros, (module.features,))
 
 
-def _space_to_depth(x: Float[Array, "b 2*h 2*w c"]) -> Float[Array, "b h w 4*c"]:
+def space_to_depth(x: Float[Array, "b 2*h 2*w c"]) -> Float[Array, "b h w 4*c"]:
+    """Channel (2 dy + dx) C + c of the result is channel c of the pixel at offset (dy, dx) of its 2x2 block."""
     batch, height, width, channels = x.shape
     blocks = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
     return blocks.reshape(batch, height // 2, width // 2, 4 * channels)
 
 
-def _depth_to_space(x: Float[Array, "b h w 4*c"]) -> Float[Array, "b 2*h 2*w c"]:
+def depth_to_space(x: Float[Array, "b h w 4*c"]) -> Float[Array, "b 2*h 2*w c"]:
+    """The inverse of `space_to_depth`."""
     batch, height, width, channels = x.shape
     blocks = x.reshape(batch, height, width, 2, 2, channels // 4).transpose(0, 1, 3, 2, 4, 5)
     return blocks.reshape(batch, 2 * height, 2 * width, channels // 4)
