@@ -105,6 +105,26 @@ def test_modules_do_not_change_what_the_arm_learns_unless_asked_to(params, batch
     np.testing.assert_allclose(through_h["head"], alone["head"], atol=1e-6 * scale)
 
 
+def test_the_posterior_noise_that_modules_see_teaches_the_arm_nothing(params, batch):
+    """Not even where gradients pass through h: the noise is made of logits."""
+    alone = trained(stage_config(modules=0), {"arm": params["arm"]}, batch)[2]["arm"]
+    through_h = trained(two_modules(gradient_to_arm=True, inputs=("noise",)), params, batch)[2]["arm"]
+    scale = np.abs(alone["head"]).max()
+    np.testing.assert_allclose(through_h["head"], alone["head"], atol=1e-6 * scale)
+    assert np.abs(through_h["trunk"] - alone["trunk"]).max() > 1e-3 * scale
+
+
+def test_a_training_step_drops_features_by_each_examples_own_key_and_a_measurement_none(params, batch, monkeypatch):
+    seen, hidden = [], pixelcnn.hidden
+    monkeypatch.setattr(pixelcnn, "hidden", lambda *given: hidden(*given[:4]) if seen.append(given[4]) is None else ())
+    model = arm_stage.make(stage_config(modules=0), GRID, "image")
+    model.loss({"arm": params["arm"]}, {}, batch, KEY, jnp.int32(0))
+    model.measure({"arm": params["arm"]}, {}, batch, KEY)
+    expected = rng.per_example(rng.for_purpose(KEY, "dropout"), batch["position"])
+    np.testing.assert_array_equal(jax.random.key_data(seen[0]), jax.random.key_data(expected))
+    assert seen[1] is None
+
+
 @pytest.mark.parametrize(
     ("posterior", "function"), [("exact", gumbel.posterior_noise), ("literal", gumbel.posterior_noise_literal)]
 )

@@ -288,9 +288,14 @@ def test_the_sampler_is_compiled_once_and_params_are_no_constants(truth):
     draw(MODEL, NOISE)
     count = len(traced)
     other = toys.table(10, 12, 4)
-    x = draw(other, NOISE, temperature=0.7, first_id=jnp.int32(0)).x
+    samples = draw(other, NOISE, temperature=0.7, first_id=jnp.int32(0))
     assert len(traced) == count
-    np.testing.assert_array_equal(x, toys.ancestral(lambda x: toys.table_logits(other, x), 0.7 * NOISE, 12))
+    logits_fn = lambda x: toys.table_logits(other, x)
+    np.testing.assert_array_equal(samples.x, toys.ancestral(logits_fn, 0.7 * NOISE, 12))
+    # The model's probability of the sample, whatever the temperature that it was drawn at.
+    log_probs = np.asarray(jax.nn.log_softmax(logits_fn(samples.x)))
+    expected = np.take_along_axis(log_probs, np.asarray(samples.x)[..., None], -1).sum((1, 2))
+    np.testing.assert_allclose(samples.log_prob, expected, rtol=1e-5)
 
 
 def test_first_forecasts_for_all_samples_and_temperature_zero(truth):

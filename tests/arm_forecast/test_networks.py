@@ -70,17 +70,31 @@ def test_windows_draw_what_whole_images_draw(case, to_nhwc, kind):
     np.testing.assert_array_equal(samples.x, to_nhwc(network.arrays["x_ancestral"]).reshape(2, -1))
 
 
+def test_a_window_shows_the_modules_its_rows_and_the_one_above(case, to_nhwc):
+    network, params, _ = case
+    h = np.pad(to_nhwc(network.arrays["h"]), ((0, 0), (1, 0), (0, 0), (0, 0)))  # zeros above the image
+    windowed = networks.windowed(network.config, network.grid, 4)
+    x, call = jnp.asarray(network.x, jnp.int32).reshape(2, -1), jax.jit(windowed.call)
+    _, first, pending = call(params, windowed.init(2), x, jnp.array([0, 0]), ())
+    _, second, _ = call(params, windowed.advance(pending, jnp.array([1, 0])), x, jnp.array([96, 0]), ())
+    np.testing.assert_array_equal([first.first, second.first], [[-1, -1], [3, -1]])
+    np.testing.assert_allclose(first.rows, h[:, :5], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(second.rows, [h[0, 4:], h[1, :5]], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("inputs", [(), ("x", "noise")])
 def test_the_modules_see_at_one_pixel_what_they_see_in_whole_images(case, inputs):
-    """With all dimensions before the pixel known, and the row above it in the window or cached."""
+    """With the row above the pixel in the window or cached; what is not accepted yet is no value of x."""
     network, _, _ = case
     grid, config = network.grid, ModulesConfig(modules=2, filters=12, inputs=inputs)
     learned = modules.init(jax.random.key(1), config, 12, grid)
     x = jnp.asarray(network.x, jnp.int32)
     noise = jax.random.normal(jax.random.key(2), (2, 8, 8, 3, 4))
     h = jax.random.normal(jax.random.key(3), (2, 8, 8, 12))
-    expected = modules.whole(learned, grid, h, modules.module_inputs(config, x, noise, 4))
     pixel = jnp.array([8 * 4 + 0, 8 * 6 + 7])
+    frontier = pixel * 3 + jnp.array([0, 1])
+    known = jnp.where(jnp.arange(192) < frontier[:, None], x.reshape(2, -1), -1).reshape(x.shape)
+    expected = modules.whole(learned, grid, h, modules.module_inputs(config, known, noise, 4))
     # The window of four rows from row 4, with the row above it.
     hidden = networks.Hidden(h[:, 3:], jnp.array([3, 3]))
     flat = noise.reshape(2, 192, 4)
@@ -89,7 +103,7 @@ def test_the_modules_see_at_one_pixel_what_they_see_in_whole_images(case, inputs
         inputs=x.reshape(2, -1),
         outputs=x.reshape(2, -1),
         accepted=jnp.zeros((2, 192), bool),
-        frontier=pixel * 3,
+        frontier=frontier,
         start=jnp.array([96, 96]),
         logits=jnp.zeros((2, 96, 4)),
         hidden=hidden,
@@ -97,9 +111,8 @@ def test_the_modules_see_at_one_pixel_what_they_see_in_whole_images(case, inputs
         draw=None,
     )
     found = networks.predictor(config, grid)({"modules": learned}, call, pixel)
-    # At a pixel whose own channels are all unknown only its first channel is forecast from the same inputs.
     for lane, (row, column) in enumerate([(4, 0), (6, 7)]):
-        np.testing.assert_allclose(found[lane, :, 0], expected[lane, row, column, :, 0], atol=1e-5)
+        np.testing.assert_allclose(found[lane], expected[lane, row, column], atol=1e-5)
 
 
 def test_one_evaluation_of_a_mixture_serves_all_channels_of_a_pixel(random_params):
@@ -108,14 +121,15 @@ def test_one_evaluation_of_a_mixture_serves_all_channels_of_a_pixel(random_param
     given = np.full(48, -1)
     given[:9] = 1
     known = {"given": given, "temperature": 0.7}
-    cached = ancestral.sampler(config, grid, 2)(params, jax.random.key(0), **known)
-    whole = engine.sampler(networks.whole(config, grid), forecasters.fixed_point(), 2, 2)
+    cached = ancestral.sampler(config, grid, 2, top_p=0.8)(params, jax.random.key(0), **known)
+    whole = engine.sampler(networks.whole(config, grid), forecasters.fixed_point(), 2, 2, top_p=0.8)
     whole = whole(params, jax.random.key(0), **known)
     np.testing.assert_array_equal(cached.x, whole.x)
     np.testing.assert_array_equal(cached.calls, [13, 13])
     np.testing.assert_array_equal(cached.call_of[0], np.maximum(np.arange(48) // 3 - 2, 0))
     assert cached.network_calls == 16
     np.testing.assert_allclose(cached.margin, whole.margin, atol=1e-4)
+    np.testing.assert_allclose(cached.log_prob, whole.log_prob, rtol=1e-5)
 
 
 @pytest.mark.parametrize("given", [np.zeros(47, int), np.full(48, 4), np.zeros(48)])

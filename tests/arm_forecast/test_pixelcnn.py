@@ -221,6 +221,27 @@ def test_dropout_drops_half_of_the_channels_or_of_the_elements(whole_channels):
     assert (layers.Dropout(keys, 0.5, whole_channels)("other", jnp.ones((64, 3, 3, 32))) != kept).mean() > 0.3
 
 
+def test_what_is_dropped_lies_between_the_two_convolutions_of_a_gated_layer():
+    """Where everything is dropped, x + p sigmoid(q) with the biases p, q of the second convolution is left."""
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    first, second = ({"kernel": draw(n, 2, 2, 6, 3 * n), "bias": draw(n + 2, 3 * n)} for n in (1, 2))
+    weights = layers.Weights({"up0/ul0/conv_in": first, "up0/ul0/conv_out": second})
+    x = draw(5, 1, 2, 2, 3)
+    found = layers.Whole(weights, lambda name, y: 0.0 * y).gated("up0/ul0", x, draw(6, 1, 2, 2, 3))
+    p, q = second["bias"][:3], second["bias"][3:]
+    np.testing.assert_allclose(found, x + p / (1 + np.exp(-q)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["channel", "element"])
+def test_rate_and_kind_of_dropout_are_the_configs(categorical, monkeypatch, kind):
+    used = []
+    monkeypatch.setattr(layers, "Dropout", lambda *given: used.append(given) or (lambda name, y: y))
+    config = NetworkConfig(resnets=1, filters=12, dropout=0.3, dropout_kind=kind)
+    keys = rng.per_example(jax.random.key(5), jnp.arange(2))
+    jax.eval_shape(lambda: pixelcnn.hidden(categorical.params, config, categorical.grid, categorical.x, keys))
+    assert used == [(keys, 0.3, kind == "channel")]
+
+
 def test_bfloat16_keeps_logits_in_float32_and_near(categorical):
     grid, x = categorical.grid, categorical.x
     low = NetworkConfig(resnets=1, filters=12, dtype="bfloat16")

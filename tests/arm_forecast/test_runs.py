@@ -101,8 +101,10 @@ def test_given_pixels_stay_and_the_rest_is_drawn(loaded, drawn, sampler):
 def test_temperature_zero_is_greedy(loaded):
     greedy = loaded.sample(jax.random.key(0), 2, temperature=0.0)
     np.testing.assert_array_equal(greedy[0], greedy[1])
-    images, about = loaded.draw(jax.random.key(1), 1, top_k=1)
+    images, about = loaded.draw(jax.random.key(1), 1, top_k=1, sampler="fixed_point")
     np.testing.assert_array_equal(images, greedy[:1])
+    predicted = loaded.sample(jax.random.key(0), 5, temperature=0.0, sampler="fixed_point", batch_size=8)
+    np.testing.assert_array_equal(predicted, np.broadcast_to(greedy[:1], predicted.shape))
     assert 0 < about["smallest_margin"] < 1  # that of the likeliest value before the next
 
 
