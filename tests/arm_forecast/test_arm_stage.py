@@ -92,6 +92,15 @@ def test_the_objective_is_the_likelihood_and_the_weighted_divergence_in_nats_per
     assert (0.3 * kl).mean() > 0.01 * nats.mean()  # so that its absence would be seen
 
 
+def test_the_likelihood_of_codes_is_a_rate(params, batch):
+    codes = {"codes": batch["image"], "position": batch["position"]}
+    parts = arm_stage.make(stage_config(modules=0), GRID, "codes").measure({"arm": params["arm"]}, {}, codes, KEY).parts
+    nats = by_hand(plain(params), batch)[0]
+    assert set(parts) == {"nats_per_code", "rate_bits_per_image"}
+    np.testing.assert_allclose(parts["nats_per_code"], nats / 16, rtol=1e-5)
+    np.testing.assert_allclose(parts["rate_bits_per_image"], nats / np.log(2), rtol=1e-5)
+
+
 def test_modules_do_not_change_what_the_arm_learns_unless_asked_to(params, batch):
     params = plain(params)
     alone = trained(stage_config(modules=0), {"arm": params["arm"]}, batch)[2]["arm"]

@@ -58,3 +58,12 @@ def test_images_are_numbers_in_minus_one_to_one_and_the_nearest_level_comes_back
     np.testing.assert_allclose(x, np.linspace(-1, 1, 17), atol=1e-6)
     for error in (-0.06, 0.0, 0.06):  # levels are 0.125 apart
         np.testing.assert_array_equal(autoencoder_stage.to_picture(x + error, 17), levels)
+
+
+def test_the_entropy_of_the_codes_is_the_mean_of_each_latent_channels_own():
+    usage = np.array([[5.0, 5.0, 5.0, 5.0], [20.0, 0.0, 0.0, 0.0]])  # all four codes alike, and one alone
+    means = {"mse": 0.1, "pixel_mean": 0.5, "pixel_square": 0.75}
+    figures = autoencoder_stage._summarize(means, usage)
+    np.testing.assert_allclose(figures["entropy_bits_per_code"], 1.0)
+    np.testing.assert_allclose(figures["perplexity_codes"], 2.0)
+    np.testing.assert_allclose(figures["mse_over_variance"], 0.2)

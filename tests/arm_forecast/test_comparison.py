@@ -108,6 +108,36 @@ def test_rows_of_an_earlier_start_are_not_measured_again_and_still_compared_with
     assert ("fixed_point", 1, 1) not in doctored.compiled and again["cached", 1]["exact"] is False
 
 
+def test_a_row_gives_the_smallest_margin_of_all_seeds():
+    runs = [
+        Samples(*np.ones((4, 1, 64)), np.array([1.0]), np.int32(1))._replace(margin=np.array([m])) for m in (3, 2, 4)
+    ]
+    assert comparison.measured(Sampler("cached"), 1, runs, [1.0] * 3, None)["margin"] == 2
+
+
+def test_a_loop_draws_no_more_batches_than_half_the_budget_allows(monkeypatch):
+    monkeypatch.setattr(comparison, "BUDGET", 100.0)
+    # 10 calls of a second each at batch 1, so a batch of 2 takes at most 20 seconds.
+    before = {"seconds_per_image": 10.0, "images": 1, "network_calls": 10, "batch": 1, "calls_of_an_image": 10.0}
+    assert comparison._batches(Sampler("last"), 2, before) == 2
+    assert comparison._batches(Sampler("last"), 2, before | {"seconds_per_image": 0.1}) == samplers.CHUNK
+
+
+def test_every_image_of_a_request_is_completed_from_its_own_given_pixels(monkeypatch):
+    def compiled(*_, **options):
+        def draw(params, key, given, first_id, temperature, count):
+            n = len(given)
+            drawn = np.where(given < 0, first_id + np.arange(n)[:, None], given)
+            return Samples(drawn, drawn, drawn[:, 0], np.ones(n), np.ones(n), np.int32(1))
+
+        return draw
+
+    monkeypatch.setattr(samplers, "compiled", compiled)
+    given = np.where(np.arange(64) < 32, 100 + np.arange(19)[:, None], -1)
+    x = samplers.draw(ARM, Sampler("fixed_point"), jax.random.key(0), 19, 2, given=given).x
+    np.testing.assert_array_equal(x, np.where(given < 0, np.arange(19)[:, None], given))
+
+
 def test_what_takes_too_long_is_estimated_from_the_row_before():
     before = {"sampler": "last", "batch": 1, "calls_of_an_image": 30.0, "seeds": 5, "calls_percent": 50.0}
     row = comparison._estimated(before, 8, 0.4)

@@ -98,6 +98,16 @@ def test_no_gradient_reaches_the_distribution_of_the_arm():
     np.testing.assert_allclose(to_forecast, jax.nn.softmax(forecast) - jax.nn.softmax(arm), atol=1e-6)
 
 
+def test_kernels_start_uniform_within_the_root_of_the_fan_in():
+    config = ModulesConfig(modules=3, filters=30, inputs=("x", "noise"))
+    params = modules.init(jax.random.key(0), config, 24, Grid(8, 8, 3, 16))
+    outputs = 3 * 16
+    seen = 9 * (24 + 2 * outputs)
+    for name, fan_in in [("h", seen), ("x", seen), ("noise", seen), ("bias", seen), ("out", 30), ("out_bias", 30)]:
+        assert np.abs(params[name]).max() <= fan_in**-0.5
+        np.testing.assert_allclose(params[name].std(), (3 * fan_in) ** -0.5, rtol=0.1)
+
+
 def test_unknown_pixels_are_zeros_among_the_inputs():
     config = ModulesConfig(inputs=("x",), filters=3)
     maps = modules.module_inputs(config, jnp.array([[[[0, -1]]]]), None, 3)

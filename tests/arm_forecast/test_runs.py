@@ -6,13 +6,14 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 import bitsperdim
 from arm_forecast import codes as arm_codes
 from arm_forecast import comparison, facts, gumbel, modules, modules_stage, pixelcnn, samplers, sampling
 from arm_forecast.pixelcnn import Grid
-from bitsperdim import cli, data, sampler_table, sharding, trainer
+from bitsperdim import cli, data, images, sampler_table, sharding, trainer
 from bitsperdim.errors import InputError
 from bitsperdim.metrics import read
 
@@ -199,9 +200,14 @@ def test_a_model_of_pixels_has_no_codes(loaded, drawn):
         loaded.log_prob(drawn[0] + np.uint8(17))
 
 
-def test_pictures_are_drawn_while_it_trains(run):
-    names = {path.name for path in (run.workdir / "arm" / "images").iterdir()}
+def test_pictures_drawn_while_it_trains_are_those_of_seed_10(run, drawn):
+    folder = run.workdir / "arm" / "images"
+    names = {path.name for path in folder.iterdir()}
     assert {"samples-00000030.png", "mistakes_fixed_point-00000030.png", "curves.png"} <= names
+    picture = np.asarray(PIL.Image.open(folder / "samples-00000030.png"))
+    first_row = images.grid(drawn[0][:4], columns=4, levels=17)
+    np.testing.assert_array_equal(picture[: len(first_row)], first_row)
+    np.testing.assert_array_equal(picture.shape[:2], 4 * np.array(first_row.shape[0] + images.SEPARATOR) - 2)
 
 
 def test_the_script_measures_every_sampler_and_the_fastest_is_then_chosen(run, tmp_path, monkeypatch, capsys):
@@ -346,7 +352,15 @@ def test_a_latent_run_decodes_what_its_model_of_codes_draws(latent):
 def test_a_latent_run_reports_a_rate_and_a_distortion(latent):
     measured = trainer.evaluate(latent, "evaluation")
     assert measured["rate_bits_per_image"] == pytest.approx(measured["nats_per_code"] * 64 / math.log(2.0), rel=1e-6)
-    assert 0 < measured["mse_over_variance"] and not [key for key in measured if "bits_per_dim" in key]
+    assert not [key for key in measured if "bits_per_dim" in key]
+    source = data.open_source(latent.config.data, "evaluation")
+    originals = source.read(np.arange(source.size))["image"]
+    x, again = (
+        image / 127.5 - 1.0 for image in (originals, bitsperdim.load(str(latent.workdir)).reconstruct(originals))
+    )
+    # A reconstruction is rounded to levels, the error is measured before.
+    assert measured["mse"] == pytest.approx(np.square(again - x).mean(), abs=1e-4)
+    assert measured["mse_over_variance"] == pytest.approx(measured["mse"] / x.var(), rel=1e-4)
 
 
 def test_the_maps_of_a_latent_run_lie_over_the_decoded_images(latent):
