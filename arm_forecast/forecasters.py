@@ -97,15 +97,13 @@ TRIAL = 2  # calls that either way is given before their records are compared
 Predict = Callable[[PyTree, Call, Int[Array, " b"]], Float[Array, "b t c k"]]
 
 
-def modules(
-    predict: Predict, num_modules: int, grid: tuple[int, int, int], *, horizon: int | None = None, fallback: bool = True
-) -> Forecaster:
+def modules(predict: Predict, num_modules: int, grid: tuple[int, int, int], *, fallback: bool = True) -> Forecaster:
     """Learned forecasting modules for the next pixels, fixed-point iteration beyond them.
 
     `grid` is (height, width, channels), dimension d = (row width + column) channels + channel. The anchor is the
-    pixel of the frontier; module t forecasts pixel anchor + t, for t < `horizon` (all `num_modules` unless given), as
-    argmax_k(logits_k + eps_k) with the noise of the dimension it forecasts. The anchor lies in the evaluated window:
-    after a call that accepted the whole window there is none, and the forecast is that of the fixed point.
+    pixel of the frontier; module t = 0 ... T - 1 forecasts pixel anchor + t as argmax_k(logits_k + eps_k) with the noise
+    of the dimension it forecasts. The anchor lies in the evaluated window: after a call that accepted the whole window
+    there is none, and the forecast is that of the fixed point.
 
     With `fallback` every sample keeps the mean number of dimensions that a call accepts after either forecast, and
     follows the modules where theirs is the better one, after a trial of both and never for more than every second
@@ -114,7 +112,6 @@ def modules(
     """
     height, width, channels = grid
     num_dims = height * width * channels
-    reach = num_modules if horizon is None else min(horizon, num_modules)
 
     def init(batch: int) -> ModulesState:
         zeros = jnp.zeros((batch, 2), jnp.int32)
@@ -122,10 +119,10 @@ def modules(
 
     def learned_forecast(params: PyTree, call: Call) -> Int[Array, "b d"]:
         pixel = jnp.minimum(call.frontier // channels, height * width - 1)
-        logits = predict(params, call, pixel)[:, :reach]
+        logits = predict(params, call, pixel)
         first = pixel * channels
-        dims = first[:, None] + jnp.arange(reach * channels)
-        values = call.draw(logits.reshape(len(logits), reach * channels, -1), jnp.minimum(dims, num_dims - 1))
+        dims = first[:, None] + jnp.arange(num_modules * channels)
+        values = call.draw(logits.reshape(*dims.shape, -1), jnp.minimum(dims, num_dims - 1))
         anchored = call.frontier < call.start + call.logits.shape[1]
         return in_place(jnp.where(anchored[:, None], values, -1), first, jnp.full_like(call.inputs, -1))
 

@@ -94,21 +94,20 @@ def predict_3_then_2(params, call, pixel):
 
 
 @pytest.mark.parametrize(
-    "frontier, start, window, horizon, expected",
+    "frontier, start, window, expected",
     [
-        (0, 0, 24, None, [3] * 3 + [2] * 3 + [1] * 18),
+        (0, 0, 24, [3] * 3 + [2] * 3 + [1] * 18),
         # The anchor is the pixel of the frontier, here its second channel: offsets are whole pixels.
-        (7, 0, 24, None, [1] * 7 + [3] * 2 + [2] * 3 + [1] * 12),
-        (7, 0, 24, 1, [1] * 7 + [3] * 2 + [1] * 15),
+        (7, 0, 24, [1] * 7 + [3] * 2 + [2] * 3 + [1] * 12),
         # Modules may look beyond the window, and past the last pixel there is nothing.
-        (7, 6, 3, None, [1] * 7 + [3] * 2 + [2] * 3 + [1] * 12),
-        (22, 0, 24, None, [1] * 22 + [3] * 2),
+        (7, 6, 3, [1] * 7 + [3] * 2 + [2] * 3 + [1] * 12),
+        (22, 0, 24, [1] * 22 + [3] * 2),
         # The whole window was accepted: nothing was evaluated at the anchor.
-        (9, 6, 3, None, [1] * 24),
+        (9, 6, 3, [1] * 24),
     ],
 )
-def test_modules_forecast_the_pixels_from_the_frontier_on(frontier, start, window, horizon, expected):
-    forecaster = forecasters.modules(predict_3_then_2, 2, GRID, horizon=horizon, fallback=False)
+def test_modules_forecast_the_pixels_from_the_frontier_on(frontier, start, window, expected):
+    forecaster = forecasters.modules(predict_3_then_2, 2, GRID, fallback=False)
     forecast, _ = forecaster.forecast({}, a_call(frontier, start, window), forecaster.init(1))
     np.testing.assert_array_equal(forecast[0, frontier:], expected[frontier:])
 
