@@ -112,6 +112,8 @@ def call(flag: str, given: Callable[..., Any], *arguments: Any) -> np.ndarray:
 def array(flag: str, path: str) -> np.ndarray:
     """The array of a .npy file."""
     try:
-        return np.load(path, allow_pickle=False)
+        # Not np.load, which takes archives as well, and whatever else for pickled objects.
+        with open(path, "rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"--{flag}={path} is no readable .npy file ({error})") from error

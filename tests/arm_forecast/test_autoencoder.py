@@ -44,6 +44,27 @@ def test_the_layers_are_those_of_the_supplement():
     assert {block[f"conv_{n}"]["kernel"].shape for block in blocks for n in (1, 2)} == {(3, 3, 512, 512)}
 
 
+def test_every_plain_convolution_but_the_last_of_either_half_is_rectified():
+    """Where one gives -1 everywhere the rest sees zeros."""
+    net = autoencoder.Autoencoder(4, 2, 3, 1)
+    x = jax.random.uniform(jax.random.key(0), (1, 8, 8, 1))
+    variables = jax.jit(net.init)(jax.random.key(1), x)
+    logits = lambda module, x, codes: (module.encoder(x, False), module.decoder(codes, False))
+    codes = jax.nn.one_hot(jnp.arange(8).reshape(1, 2, 2, 2) % 3, 3)
+    outputs = jax.jit(lambda params: net.apply(variables | {"params": params}, x, codes, method=logits))
+
+    def with_bias(half, name, value):
+        layer = {"kernel": 0 * variables["params"][half][name]["kernel"], "bias": jnp.full_like(layer_bias, value)}
+        return variables["params"] | {half: variables["params"][half] | {name: layer}}
+
+    for half, layers in variables["params"].items():
+        for name in [name for name, layer in layers.items() if "kernel" in layer]:
+            layer_bias = layers[name]["bias"]
+            zero, minus_one = (outputs(with_bias(half, name, value))[half == "decoder"] for value in (0.0, -1.0))
+            last = {"encoder": "to_codes", "decoder": "conv_2"}[half]
+            assert np.array_equal(zero, minus_one) == (name != last), (half, name)
+
+
 def test_a_residual_block_whose_second_norm_is_scaled_to_nothing_passes_what_is_positive():
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
     block = autoencoder.BasicBlock()

@@ -112,6 +112,30 @@ def test_modules_forecast_the_pixels_from_the_frontier_on(frontier, start, windo
     np.testing.assert_array_equal(forecast[0, frontier:], expected[frontier:])
 
 
+@pytest.mark.parametrize(
+    "calls, accepted, followed",
+    [
+        # Two calls after the fixed point, two after the modules; then the better mean of a call.
+        ([1, 0], [5, 0], False),
+        ([2, 0], [9, 0], True),
+        ([2, 1], [9, 1], True),
+        ([2, 2], [9, 8], False),
+        ([2, 2], [8, 9], True),
+        ([4, 3], [12, 10], True),
+        ([4, 3], [16, 11], False),
+        ([9, 3], [27, 10], True),
+        ([3, 3], [4, 27], True),
+        # Never more than every second call: a few long runs by chance must not keep the fixed point out.
+        ([2, 3], [4, 27], False),
+    ],
+)
+def test_the_better_mean_of_a_call_decides_after_a_trial_of_both(calls, accepted, followed):
+    forecaster = forecasters.modules(predict_3_then_2, 2, GRID)
+    state = forecasters.ModulesState(jnp.array([-1]), jnp.array([calls]), jnp.array([accepted]))
+    forecast, _ = forecaster.forecast({}, a_call(9), state)
+    assert forecast[0, 9] == (3 if followed else 1)
+
+
 def test_right_modules_save_calls(calls):
     # The first call knows nothing; then at least two pixels and what is left of the anchor are right.
     assert calls("right, kept").max() <= 1 + -(-(NUM_DIMS - 1) // 7)

@@ -3,6 +3,7 @@
 import math
 import sys
 
+import numpy as np
 import pytest
 
 from bitsperdim import flag_values
@@ -77,3 +78,16 @@ def test_a_function_that_is_not_there_is_named(text, message, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         flag_values.function("scorer", text)
+
+
+def test_an_array_is_one_npy_file_of_numbers(tmp_path):
+    expected = np.arange(6).reshape(2, 3) - 1
+    np.save(tmp_path / "known.npy", expected)
+    np.testing.assert_array_equal(flag_values.array("given", str(tmp_path / "known.npy")), expected)
+    np.savez(tmp_path / "archive.npy.npz", expected)
+    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    (tmp_path / "text.npy").write_text("1 2 3")
+    (tmp_path / "short.npy").write_bytes((tmp_path / "known.npy").read_bytes()[:-8])
+    for name in ("archive.npy.npz", "objects.npy", "text.npy", "short.npy", "missing.npy", "."):
+        with pytest.raises(InputError, match=r"--given=.* is no readable \.npy file"):
+            flag_values.array("given", str(tmp_path / name))
