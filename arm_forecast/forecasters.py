@@ -101,9 +101,9 @@ def modules(predict: Predict, num_modules: int, grid: tuple[int, int, int], *, f
     """Learned forecasting modules for the next pixels, fixed-point iteration beyond them.
 
     `grid` is (height, width, channels), dimension d = (row width + column) channels + channel. The anchor is the
-    pixel of the frontier; module t = 0 ... T - 1 forecasts pixel anchor + t as argmax_k(logits_k + eps_k) with the noise
-    of the dimension it forecasts. The anchor lies in the evaluated window: after a call that accepted the whole window
-    there is none, and the forecast is that of the fixed point.
+    pixel of the frontier; module t forecasts pixel anchor + t, as argmax_k(logits_k + eps_k) with the noise of the
+    dimension it forecasts. The anchor lies in the evaluated window: after a call that accepted the whole window there
+    is none, and the forecast is that of the fixed point.
 
     With `fallback` every sample keeps the mean number of dimensions that a call accepts after either forecast, and
     follows the modules where theirs is the better one, after a trial of both and never for more than every second

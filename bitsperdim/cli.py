@@ -179,7 +179,7 @@ def _sample(argv: list[str]) -> None:
     scorer, features = _given_functions(values)
     loaded = run.family.load(run, sharding.mesh_at_hand(run.config.mesh))
     if values.compare_samplers:
-        _compare_samplers(run, loaded, values.seed, folder)
+        _compare_samplers(run, loaded, values, folder)
         return
     given = {name: values[name].value for name in flag_values.OF_DRAW if values[name].value is not None}
     options = flag_values.draw_options(given, loaded, run)
@@ -239,11 +239,14 @@ def _nearest(
     print(f"nearest images of {source.name}: {folder / 'nearest.png'}")
 
 
-def _compare_samplers(run: Run, loaded: Loaded, seed: int, folder: epath.Path) -> None:
+def _compare_samplers(run: Run, loaded: Loaded, values: flags.FlagValues, folder: epath.Path) -> None:
     if loaded.compare_samplers is None:
         raise InputError(f"a run of {run.family.__name__} has one sampler, so there is nothing to compare")
+    for name in (*flag_values.OF_DRAW, "num", "nearest", "accept_top"):
+        if values[name].present:
+            raise InputError(f"--{name} means nothing beside --compare_samplers; --seed and --out do")
     with _writing_to(folder):
-        rows, pictures = sampler_table.measure(loaded.compare_samplers, run, seed, folder)
+        rows, pictures = sampler_table.measure(loaded.compare_samplers, run, values.seed, folder)
         for name, picture in pictures.items():
             images.save_png(folder / f"{name}.png", picture)
     shown = [name for name, value in rows[0].items() if not isinstance(value, list)]

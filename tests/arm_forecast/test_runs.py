@@ -273,6 +273,12 @@ def test_flags_that_mean_nothing_are_refused(run, monkeypatch, capsys):
         cli.sample()
     assert ended.value.code == 2
     assert "--label means nothing for a run of arm_forecast; it knows --temperature" in capsys.readouterr().err
+    # Hours could pass before it would be seen that the table is of another temperature.
+    monkeypatch.setattr("sys.argv", ["sample.py", f"--workdir={run.workdir}", "--compare_samplers", "--temperature=2"])
+    with pytest.raises(SystemExit) as ended:
+        cli.sample()
+    assert ended.value.code == 2
+    assert "--temperature means nothing beside --compare_samplers" in capsys.readouterr().err
 
 
 def test_modules_are_trained_afterwards_on_pairs_of_the_sampler(tmp_path):
