@@ -1,11 +1,12 @@
 """Parameters of every stage of the VQ-VAE-2 configs, and the memory that its training step takes on each device.
 
-    python benchmarks/sizes.py                                                  every published config, hours
+    python benchmarks/sizes.py --out=sizes.jsonl                                every published config, an hour or two
     python benchmarks/sizes.py --configs vqvae2_cifar10 --stages top bottom     a part of them
     python benchmarks/sizes.py --parameters                                     without memory, a minute
     DEVICES=1 python benchmarks/sizes.py --configs vqvae2_folder                on one device instead of 8
 
-A JSON line a case, and then all of them as a table. Steps are compiled from shapes alone, for the config's mesh over 8
+A JSON line a case, and then all of them as a table; what `--out` holds already is not measured again, so that the same
+command goes on where it was stopped. Steps are compiled from shapes alone, for the config's mesh over 8
 devices of the CPU, its global batch and its accumulation: nothing is trained or allocated. `arguments_gib` are the
 state and the batch on one device, `temporary_gib` what the program needs beside them; their sum has to fit. XLA's CPU
 backend computes bfloat16 in float32, so an accelerator needs less where the config says bfloat16, up to half of
@@ -16,6 +17,7 @@ import argparse
 import difflib
 import json
 import os
+import pathlib
 import runpy
 import tempfile
 import time
@@ -36,15 +38,9 @@ from bitsperdim.errors import InputError
 from bitsperdim.model import Stage
 from vqvae2 import chain
 
-# Edge and number of classes of the images: no data set is opened.
-IMAGES = {
-    "imagenet": (256, 1000),
-    "ffhq": (1024, 0),
-    "folder": (256, 0),
-    "tiny_imagenet": (64, 200),
-    "cifar10": (32, 10),
-    "photos": (32, 0),
-}
+# Classes of the images: no data set is opened.
+CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar10": 10}
+TABLE_5 = ("vq", "ae8", "ae16", "ae32", "ae64")
 COLUMNS = ("config", "stage", "parameters", "batch", "arguments_gib", "temporary_gib", "sum_gib", "compile_seconds")
 
 
@@ -53,14 +49,17 @@ def published() -> list[tuple[str, tuple[str, ...]]]:
     rows = runpy.run_path(str(cli.find_config("vqvae2_imagenet")))["TABLE_4"]
     return [
         ("vqvae2_imagenet", ("autoencoder", "top", "bottom")),
-        ("vqvae2_imagenet:paper", ("autoencoder", "top", "bottom")),
+        ("vqvae2_imagenet:paper", ("bottom",)),
         ("vqvae2_imagenet:small_prior", ("top",)),
         *(("vqvae2_imagenet:table4_b{}_h{}_r{}_a{}".format(*row), ("top",)) for row in rows),
+        *((f"vqvae2_imagenet:table5_{row}", ("autoencoder", "top")) for row in TABLE_5),
         ("vqvae2_ffhq", ("autoencoder", "top", "middle", "bottom")),
+        ("vqvae2_ffhq:paper", ("middle", "bottom")),
         *(
             (f"vqvae2_{name}", ("autoencoder", "top", "bottom"))
             for name in ("folder", "tiny_imagenet", "cifar10", "photos")
         ),
+        ("vqvae2_photos:pixels", ("pixels",)),
     ]
 
 
@@ -82,6 +81,7 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", help="these alone")
     parser.add_argument("--stages", nargs="+", help="these alone")
     parser.add_argument("--parameters", action="store_true", help="compile nothing")
+    parser.add_argument("--out", help="a file of JSON lines, added to")
     arguments = parser.parse_args()
     try:
         wanted = chosen(arguments.configs, arguments.stages)
@@ -89,21 +89,32 @@ def main() -> None:
         parser.error(str(error))
     # Convolutions choose by it between their forms; that of an accelerator is what is asked for.
     jax.default_backend = lambda: "gpu"
-    cases = []
+    cases, done = [], measured(arguments.out) if arguments.out else {}
     for name, stages in wanted:
         with tempfile.TemporaryDirectory() as folder:
             run = of_shapes(folder, name)
             for stage in map(run.stage, stages):
-                case = {"config": name, "stage": stage.name}
-                cases.append(case | measure(run, stage, not arguments.parameters))
-                print(json.dumps(cases[-1]), flush=True)
+                case = done.get((name, stage.name))
+                if case is None:
+                    case = {"config": name, "stage": stage.name} | measure(run, stage, not arguments.parameters)
+                    print(line := json.dumps(case), flush=True)
+                    if arguments.out:
+                        with open(arguments.out, "a") as stream:
+                            print(line, file=stream)
+                cases.append(case)
     print("\n" + "\n".join(table(cases)))
+
+
+def measured(path: str) -> dict[tuple[str, str], dict]:
+    """The cases of an earlier start, by config and stage."""
+    lines = pathlib.Path(path).read_text().splitlines() if os.path.exists(path) else []
+    return {(case["config"], case["stage"]): case for case in map(json.loads, lines)}
 
 
 def of_shapes(folder: str, name: str) -> run_lib.Run:
     """A run that knows its images by their shape alone."""
     run = run_lib.check(folder, cli.load_config(name))
-    edge, num_classes = IMAGES[name.split(":")[0].removeprefix("vqvae2_")]
+    edge, num_classes = run.config.data.image_size, CLASSES.get(name.split(":")[0].removeprefix("vqvae2_"), 0)
     facts = {"shape": [edge, edge, 3], "levels": 256, "num_classes": num_classes, "variance": 0.25}
     run_lib.write_json(run.folder("autoencoder") / "data.json", facts)
     return run
@@ -138,8 +149,8 @@ def abstract_batch(run: run_lib.Run, name: str, size: int) -> dict[str, jax.Shap
     batch = {"position": jax.ShapeDtypeStruct((size,), jnp.int32), "label": jax.ShapeDtypeStruct((size,), jnp.int32)}
     if name == "autoencoder":
         return batch | {"image": jax.ShapeDtypeStruct((size, edge, edge, 3), jnp.uint8)}
-    grids = chain.grids(run)
-    return batch | {level: jax.ShapeDtypeStruct((size, *grid), jnp.int32) for level, grid in grids.items()}
+    of_level = lambda level, grid: jax.ShapeDtypeStruct((size, *grid, *chain.values(run, level)[1]), jnp.int32)
+    return batch | {level: of_level(level, grid) for level, grid in chain.shapes(run).items()}
 
 
 def table(cases: list[dict]) -> list[str]:

@@ -5,7 +5,7 @@ On CPUs XLA is slow at the two gradients of a convolution, an order of magnitude
 what it is fast at, ordinary convolutions and matrix products:
 
     dL/dx = dL/dy padded by k - 1, convolved with the kernel turned by 180 degrees,
-    dL/dk[i, j] = x[i : i + h, j : j + w]^T dL/dy, a matrix product for each tap.
+    dL/dk[i, j] = x[i : i + h, j : j + w]^T dL/dy, a matrix product for each tap, or one for all of them.
 
 So scanned layers, steps and micro-batches run on CPUs as fast as unrolled ones. Accelerators have kernels of their own
 for these gradients and get XLA's operation. The price, on CPUs: no forward-mode differentiation (`jax.jvp`, `jacfwd`)
@@ -80,12 +80,23 @@ def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 def _backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = kept
     (kh, kw, inputs, outputs), (height, width) = kernel.shape, dy.shape[1:3]
-    around = ((0, 0), (kh - 1, kh - 1), (kw - 1, kw - 1), (0, 0))
-    dx = _valid(jnp.pad(dy, around), kernel[::-1, ::-1].swapaxes(2, 3))
-    taps = [x[:, a : a + height, b : b + width].reshape(-1, inputs) for a in range(kh) for b in range(kw)]
-    flat = dy.reshape(-1, outputs)
-    over_pixels = lambda tap: jax.lax.dot_general(tap, flat, (((0,), (0,)), ((), ())))
-    return dx, jnp.stack([over_pixels(tap) for tap in taps]).reshape(kernel.shape)
+    around = jnp.pad(dy, ((0, 0), (kh - 1, kh - 1), (kw - 1, kw - 1), (0, 0)))
+    dx = _valid(around, kernel[::-1, ::-1].swapaxes(2, 3))
+    taps = [(a, b) for a in range(kh) for b in range(kw)]
+    if outputs < inputs:
+        # What is cut out for each tap is that of the fewer channels: dy, so that one product holds all taps.
+        top, left, (rows, columns) = kh - 1, kw - 1, x.shape[1:3]
+        shifted = [around[:, top - a : top - a + rows, left - b : left - b + columns] for a, b in taps]
+        products = _over_pixels(x, jnp.concatenate(shifted, -1)).reshape(inputs, kh, kw, outputs)
+        return dx, products.transpose(1, 2, 0, 3)
+    products = [_over_pixels(x[:, a : a + height, b : b + width], dy) for a, b in taps]
+    return dx, jnp.stack(products).reshape(kernel.shape)
+
+
+def _over_pixels(x: Array, dy: Array) -> Array:
+    """x^T dy, of all pixels."""
+    flat = lambda values: values.reshape(-1, values.shape[-1])
+    return jax.lax.dot_general(flat(x), flat(dy), (((0,), (0,)), ((), ())))
 
 
 _valid.defvjp(_forward, _backward)

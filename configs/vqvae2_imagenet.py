@@ -128,6 +128,7 @@ def _table_5(config: ConfigDict, row: str) -> ConfigDict:
     """Supplement, B.1. It names the prior's batch, hidden units and attention layers; the rest is Table 4's. The bins
     of the latents, which it does not name, are 256 for each dimension."""
     config = _table_4(config, batch=256, hidden=256, residual=1024, attentions=2)
+    config.top.model.reading = "auto"  # every row has attention here
     config.data.image_size = 128
     config.autoencoder.model.strides = (4,)
     del config["bottom"]

@@ -23,10 +23,14 @@ CASES = [  # size of the input, of the kernel, strides, padding
 ]
 
 
-@pytest.mark.parametrize("size, kernel_size, strides, padding", CASES)
-def test_values_and_gradients_are_those_of_xla(size, kernel_size, strides, padding):
+@pytest.mark.parametrize(
+    "size, kernel_size, strides, padding, channels",
+    [*((*case, (3, 4)) for case in CASES), *((*case, (5, 2)) for case in (CASES[2], CASES[5]))],  # to more, to fewer
+)
+def test_values_and_gradients_are_those_of_xla(size, kernel_size, strides, padding, channels):
     keys = jax.random.split(jax.random.key(0), 3)
-    x, kernel = jax.random.normal(keys[0], (2, *size, 3)), jax.random.normal(keys[1], (*kernel_size, 3, 4))
+    x = jax.random.normal(keys[0], (2, *size, channels[0]))
+    kernel = jax.random.normal(keys[1], (*kernel_size, *channels))
     with jax.enable_x64(True):
         x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
         theirs = lambda x, k: jax.lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=LAYOUT)

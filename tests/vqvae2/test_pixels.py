@@ -12,6 +12,7 @@ from bitsperdim import cli, data, distributions, trainer
 from bitsperdim import config as config_lib
 from bitsperdim.errors import InputError
 from vqvae2 import chain, codes
+from vqvae2.stages import report
 
 VALUES = 3  # levels of the images
 
@@ -98,6 +99,17 @@ def test_the_last_pixels_sum_to_one_given_those_before_them_and_every_code_matte
 def test_a_picture_shows_images_decoded_and_drawn(run):
     names = {path.stem.split("-")[0] for path in run.folder("pixels").glob("images/*.png")}
     assert "pixels_given_codes" in names
+
+
+def test_a_report_bounds_the_bits_of_the_image_by_those_of_its_codes_and_of_its_pixels_given_them():
+    _, config = cli.run_lib.parse(small())
+    measured = {"autoencoder": {"mse": 0.1}, "top": {"rate_bits_per_image": 20.0, "nats_per_code": 3.0}}
+    measured["pixels"] = {"bits_per_image_given_codes": 100.0, "bits_per_dim_given_codes": 100.0 / 64}
+    found = report(config, measured)
+    assert found["bits_per_dim_bound"] == pytest.approx((20.0 + 100.0) / 64)
+    assert found["rate_bits_per_image"] == 20.0  # of the codes alone: it names a reconstruction
+    del measured["top"]
+    assert "bits_per_dim_bound" not in report(config, measured)
 
 
 def test_pixels_without_codes_are_refused():

@@ -94,6 +94,19 @@ def test_there_are_nineteen_rows_and_no_other():
         load("imagenet:table4_b64_h64_r256_a4")
 
 
+@pytest.mark.parametrize("dim", [None, 8, 16, 32, 64])
+def test_a_row_of_table_5(dim):
+    """128 pixels, one map of 32x32; a prior of 256 hidden units, two attentions, batch 256, ten logistics."""
+    config = load(f"imagenet:table5_{f'ae{dim}' if dim else 'vq'}")
+    model, section = config.autoencoder.model, config.top
+    assert (config.levels, config.data.image_size, model.strides) == (("top",), 128, (4,))
+    found = model.quantizer, model.code_dim, model.num_codes, model.cell
+    assert found == (("none", dim, 256, (dim,)) if dim else ("ema", 64, 512, ()))
+    assert sizes(section)[:5] == (256, 256, 1024, 20, 2)
+    # All rows have attention, so none needs the dense layers with which Table 4 compares.
+    assert (section.model.mixtures, section.model.reading) == (10, "auto")
+
+
 @pytest.mark.parametrize("name", ["imagenet", "ffhq"])
 def test_the_paper_has_batch_normalisation_and_no_revival_and_needs_whole_batches_for_it(name):
     ours, paper = load(name), load(f"{name}:paper")
