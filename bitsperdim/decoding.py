@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import numpy as np
 from etils import epath
-from jaxtyping import Array, UInt8
+from jaxtyping import UInt8
 
 from bitsperdim import atomic, images, metrics
 from bitsperdim import run as run_lib
@@ -24,7 +24,7 @@ NUM_PICTURES = 64
 
 def write(
     size: int,
-    batches: Iterator[tuple[UInt8[np.ndarray, "b h w c"], dict[str, Array]]],
+    batches: Iterator[tuple[UInt8[np.ndarray, "b h w c"], dict[str, np.ndarray]]],
     split: str,
     levels: int,
     folder: epath.Path,

@@ -89,8 +89,9 @@ class Loaded(NamedTuple):
     # (key, n, temperature=..., ...) -> images, and what is to be known of drawing them (network calls); the options are
     # those of the family
     draw: Callable[..., tuple[UInt8[np.ndarray, "n h w c"], dict[str, Any]]]
-    encode: Callable[[UInt8[np.ndarray, "n h w c"]], PyTree]
-    decode: Callable[[PyTree], UInt8[np.ndarray, "n h w c"]]
+    # Of images alone, of latents alone; the options of the family (a key, layers left open) are in their docstrings
+    encode: Callable[..., PyTree]
+    decode: Callable[..., UInt8[np.ndarray, "n h w c"]]
     reconstruct: Callable[[UInt8[np.ndarray, "n h w c"]], UInt8[np.ndarray, "n h w c"]]
     # (key, progress, rows of an earlier start, keep) -> what each of the family's samplers takes, one row each, and
     # plots of it; where it has several. `keep` is called with all rows whenever there is one more

@@ -161,7 +161,7 @@ def with_evaluation(run: Run, **changes: Any) -> Run:
         section = dataclasses.replace(section, **changes)
         return run._replace(config=dataclasses.replace(run.config, evaluation=section))
     except ValueError as error:
-        raise InputError(f"config value evaluation.{error}") from error
+        raise InputError(f"{', '.join(f'--{key}={value}' for key, value in changes.items())}: {error}") from error
 
 
 def place(path: str | os.PathLike[str]) -> epath.Path:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Key, UInt8
+from jaxtyping import Array, Key, PyTree, UInt8
 
 from bitsperdim import data, facts, images, likelihood, metrics, rng, sharding, trainer
 from bitsperdim.likelihood import Means
@@ -98,10 +99,10 @@ def _pruning(
     train = data.open_source(run.config.data, "train").size
 
     @jax.jit
-    def measured(batch: dict[str, Array], kept: Channels) -> tuple[dict[str, Array], Array]:
+    def measured(params: PyTree, batch: dict[str, Array], kept: Channels) -> tuple[dict[str, Array], Array]:
         image, target = batch["image"], vae.target(model, batch["image"])
         keys = rng.per_example(key, batch["position"])
-        reconstruction, of_kept, found = pruning.bound(model, state["ema"], image, keys, kept)
+        reconstruction, of_kept, found = pruning.bound(model, params, image, keys, kept)
         parts = {"reconstruction_nats": reconstruction, "kl_nats": of_kept, "nats": reconstruction + of_kept}
         return parts | {"ssim": ssim(target, found, model.output.levels)}, found
 
@@ -112,7 +113,7 @@ def _pruning(
         means = Means()
         counted = metrics.counting(f"{share:.1%} of the latents", source.size, progress)
         for batch in data.evaluation_batches(source, size, sharding.over_batch(mesh)):
-            parts, found = jax.device_get(measured(batch, kept))
+            parts, found = jax.device_get(measured(state["ema"], batch, kept))
             pictures.setdefault(share, found[: min(n, MOST)])
             means.add(parts, np.arange(size) < source.size - means.count)
             counted(means.count)
@@ -149,7 +150,7 @@ def _held_out_pairs(run: Run, n: int) -> tuple[UInt8[np.ndarray, "n h w c"], UIn
 
 
 def _target(model: Vae, image: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
-    return np.asarray(vae.target(model, image)).astype(np.uint8)
+    return np.asarray(vae.target(model, jnp.asarray(image))).astype(np.uint8)
 
 
 def _resolutions(model: Vae) -> tuple[list[str], list[int]]:

@@ -114,16 +114,12 @@ def kl_by_channel(run: Run, mesh: Mesh) -> list[Float[np.ndarray, " z"]]:
     trainer.check_sources(run, run.stage("model"), {"train": source})
     chosen = np.unique(np.linspace(0, source.size - 1, min(most, source.size)).astype(np.int64))
     source = source._replace(size=len(chosen), read=lambda indices, read=source.read: read(chosen[indices]))
-    bits = likelihood.nats_to_bits(np.concatenate(_means(run, mesh, state["ema"], source)))
-    bits = np.split(bits, np.cumsum([z for *_, z in _shapes(run)])[:-1])
+    nats = _means(run, mesh, state["ema"], source)
+    bits = [likelihood.nats_to_bits(of_layer) for of_layer in nats]  # pyright: ignore
     if jax.process_index() == 0:
         about = {"split": source.name, "images": source.size}
         run_lib.write_json(path, {**of_weights, **about, "bits": [of_layer.tolist() for of_layer in bits]})
     return bits
-
-
-def _shapes(run: Run) -> tuple[tuple[int, int, int], ...]:
-    return levels.latent_shapes(levels.levels(run.config.model, facts.of_run(run).shape))
 
 
 def _means(run: Run, mesh: Mesh, params: PyTree, source: data.Source) -> list[np.ndarray]:

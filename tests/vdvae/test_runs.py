@@ -48,6 +48,7 @@ def held_out(run):
 def test_a_run_learns_and_reports_a_bound_and_its_parts(run):
     lines = [line for line in read(run.folder("model") / "metrics.jsonl") if line["kind"] == "train"]
     assert lines[-1]["bits_per_dim"] < lines[0]["bits_per_dim"] < math.log2(17) + 0.5
+    assert not run.folder("latents").exists()  # a stage on request
     measured = trainer.evaluate(run_lib.with_evaluation(run, samples=4), "evaluation")
     assert measured["model"]["images"] == 360
     assert measured["nats"] == pytest.approx(measured["reconstruction_nats"] + measured["kl_nats"], rel=1e-6)
@@ -118,9 +119,6 @@ def test_temperatures_are_those_of_levels(loaded):
 def test_layers_left_open_are_drawn_from_the_prior_and_swapped_ones_are_kept(loaded, held_out):
     latents, key = loaded.encode(held_out), jax.random.key(3)
     open_behind = loaded.decode([latents[0], None, None], key)
-    # The same noise as a sample's; where the first layer is the sample's own, so is the image.
-    prior = loaded.sample(key, 9, output_temperature=0.0)
-    assert (open_behind == prior).mean() > 0.5
     np.testing.assert_array_equal(loaded.decode([latents[0][:4], None, None], key), open_behind[:4])
     assert (loaded.decode([latents[0], None, None], jax.random.key(4)) != open_behind).mean() > 0.05
     cold = loaded.decode([latents[0], None, None], key, temperature=0.0)
