@@ -27,6 +27,7 @@ from bitsperdim import (
     adopt,
     atomic,
     data,
+    decoding,
     evaluation,
     flag_values,
     images,
@@ -64,7 +65,7 @@ def train() -> None:
       --config=NAME[:VARIANT]   an installed config by name, or a file
       --config.KEY=VALUE        another value for any key, such as --config.data.data_dir=FOLDER
       --workdir=FOLDER          the run's folder; default runs/NAME-VARIANT
-      --stage=STAGE             this stage alone
+      --stage=STAGE             this stage alone; latents of a very deep VAE, a data set as latents, runs only so
       --init_from=RUN           begin with the weights of another run
       --traceback               show where an error comes from
     """
@@ -80,6 +81,7 @@ def evaluate() -> None:
                                 Codes are kept of train and evaluation: stages on codes are left out on the others
                                 Another split than evaluation is written to evaluation-SPLIT.json; once there is
                                 evaluation-train.json too, both are shown side by side
+      --samples=K               of the importance-weighted bound, where the family has one (flows, vdvae)
       --out=FOLDER              for these files; default the run's folder
       --config.data.KEY=FOLDER  where the data are now; KEY is path, evaluation_path, data_dir or cache_dir
       --traceback               show where an error comes from
@@ -97,12 +99,13 @@ def sample() -> None:
       --out=FOLDER              for the pictures; default the run's folder
       --temperature=1.0         of the noise; 0 is greedy. By level too, as top_k and top_p: top=0.9,bottom=1
       --label=CLASS             one class; default: all classes in turn
-      --accept_top=SHARE        draws num / SHARE, keeps the best SHARE of each class; 1,0.5,0.05: a grid for each
-      --candidates=N            draws N instead, so that the shares are of a larger pool
+      --accept_top=SHARE        draws num / SHARE (or --candidates=N), keeps the best of each class; 1,0.5: a grid each
       --scorer=MODULE:FUNCTION  the scores for it: (images, labels or None) -> [n], higher is better
       --nearest=K               also nearest.png: each sample beside the K training images nearest in pixel space
       --features=MODULE:FUNCTION  nearest in this space instead: images -> numbers [n, ...]
-      --config.data.KEY=FOLDER  where the training images are now, as for evaluate.py
+      --config.data.KEY=FOLDER  where the images are now, as for evaluate.py
+      --figure=NAME             of a very deep VAE: progressive, swap, interpolation, pruning (of --keep=0.03,1)
+      --decode=SPLIT            images from what train.py --stage=latents has stored of a split: decoded-SPLIT.npy
 
     Where the model is autoregressive over pixels or codes (sampling.npz then has the network calls of each image):
       --top_k=K --top_p=P       the K likeliest values alone; the likeliest ones that together have the probability P
@@ -148,7 +151,10 @@ def _evaluate(argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "Run folder.", flag_values=values)
     flags.DEFINE_string("split", "evaluation", "Split to measure on.", flag_values=values)
     flags.DEFINE_string("out", "", "Folder for the figures; default the run folder.", flag_values=values)
+    flags.DEFINE_integer("samples", None, "Of the importance-weighted bound.", flag_values=values)
     run, folder = _parse_and_open(values, argv)
+    if values.samples is not None:
+        run = run_lib.with_evaluation(run, samples=values.samples)
     measured = trainer.evaluate(run, values.split)
     print(metrics.table(list(config_lib.flatten(measured)), ("figure", "value")))
     path = folder / evaluation.file_name(values.split)
@@ -170,9 +176,11 @@ def _sample(argv: list[str]) -> None:
     flags.DEFINE_integer("label", None, "Class to sample.", flag_values=values)
     flags.DEFINE_integer("batch_size", None, "Images drawn at once.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("candidates", None, "Samples to choose from.", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("figure", None, "Figure to draw instead of samples.", flag_values=values)
+    flags.DEFINE_string("decode", None, "Split to decode instead of samples.", flag_values=values)
     flags.DEFINE_integer("nearest", None, "Nearest training images.", lower_bound=1, flag_values=values)
     # Their values are read by `flag_values`.
-    for name in ("temperature", "top_k", "top_p", "sampler", "given", "accept_top", "scorer", "features"):
+    for name in ("temperature", "top_k", "top_p", "sampler", "given", "keep", "accept_top", "scorer", "features"):
         flags.DEFINE_string(name, None, "See `sample`.", flag_values=values)
     run, folder = _parse_and_open(values, argv)
     shares = flag_values.shares("accept_top", values.accept_top) if values.accept_top else ()
@@ -182,6 +190,12 @@ def _sample(argv: list[str]) -> None:
         _compare_samplers(run, loaded, values, folder)
         return
     given = {name: values[name].value for name in flag_values.OF_DRAW if values[name].value is not None}
+    if values.figure:
+        _figure(run, loaded, values, given, folder)
+        return
+    if values.decode:
+        _decode(run, loaded, values.decode, folder)
+        return
     options = flag_values.draw_options(given, loaded, run)
     source = data.open_source(run.config.data, "train") if values.nearest else None
     if source is not None:
@@ -252,6 +266,30 @@ def _compare_samplers(run: Run, loaded: Loaded, values: flags.FlagValues, folder
     shown = [name for name, value in rows[0].items() if not isinstance(value, list)]
     print(metrics.table([tuple(row.get(name) for name in shown) for row in rows], tuple(shown)))
     print(f"written to {folder / sampler_table.FILE} and {', '.join(f'{name}.png' for name in pictures)}")
+
+
+def _figure(run: Run, loaded: Loaded, values: flags.FlagValues, given: dict[str, Any], folder: epath.Path) -> None:
+    name = values.figure
+    if name not in loaded.figures:
+        there = f"there are {', '.join(loaded.figures)}" if loaded.figures else "it has none"
+        raise InputError(f"--figure={name} is no figure of a run of {run.family.__name__}; {there}")
+    options = flag_values.options(given, loaded.figures[name], f"the figure '{name}'", run)
+    picture, record = loaded.figures[name](jax.random.key(values.seed), values.num, run_lib.stream(), **options)
+    with _writing_to(folder):
+        images.save_png(folder / f"{name}.png", picture)
+        run_lib.write_json(folder / f"{name}.json", {"seed": values.seed, **record})
+    if rows := record.get("rows"):
+        print(metrics.table([tuple(row.values()) for row in rows], tuple(rows[0])))
+    print(f"written to {folder / f'{name}.png'} and {name}.json")
+
+
+def _decode(run: Run, loaded: Loaded, split: str, folder: epath.Path) -> None:
+    if loaded.decode_stored is None:
+        raise InputError(f"a run of {run.family.__name__} has no stored latents to decode")
+    with _writing_to(folder):
+        about = decoding.write(*loaded.decode_stored(split), split, loaded.levels, folder, run_lib.stream())
+    print(metrics.table(list(about.items()), ("figure", "value")))
+    print(f"written to {folder / f'decoded-{split}.npy'}, .png and .json")
 
 
 def _convert(argv: list[str]) -> None:

@@ -13,8 +13,8 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,11 +34,15 @@ INFO = {"fingerprint": str, "step": int, "steps": int, "fields": dict, "shard_le
 
 
 class Extraction(NamedTuple):
-    """A stage that extracts, the stage whose model it uses, and those that are trained on what it extracts."""
+    """A stage that extracts, the stage whose model it uses, and those that are trained on what it extracts.
+
+    `settings`, as JSON has them, are what else decides what is extracted: with others it begins anew.
+    """
 
     name: str
     of: str
-    then: tuple[str, ...]
+    then: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = {}
 
 
 def encode_images(
@@ -49,13 +53,18 @@ def encode_images(
     batch_size: int,
     mesh: Mesh,
     check_signals: Callable[[], None],
+    about: Mapping[str, Any] = {},
 ) -> None:
-    """`encode(ema, extra, batch)` of every image of both splits; goes on where it was interrupted."""
+    """`encode(ema, extra, batch)` of every image of both splits; goes on where it was interrupted.
+
+    A batch has `index` too, the number of each image in its split: noise that depends on it alone is the same however
+    often the extraction was interrupted. `about` is kept beside what is extracted (`record`).
+    """
     compiled = jax.jit(encode, out_shardings=sharding.replicated(mesh))
     batch_size = sharding.whole_batch(batch_size, mesh)
     sources = {split: data.open_source(run.config.data, split) for split in SPLITS}
     trainer.check_sources(run, run.stage(extraction.of), sources)
-    shapes = jax.eval_shape(encode, state["ema"], state["extra"], sources["train"].read(np.arange(1)))
+    shapes = jax.eval_shape(encode, state["ema"], state["extra"], _after(sources["train"], 0).read(np.arange(1)))
     fields = {name: np.dtype((leaf.dtype, leaf.shape[1:])) for name, leaf in shapes.items()}
     writers = begin(
         run, extraction, state, {split: source.size for split, source in sources.items()}, fields, batch_size
@@ -67,12 +76,13 @@ def encode_images(
         ):
             check_signals()
             progress(writers[split].add(jax.device_get(compiled(state["ema"], state["extra"], batch))))
-    commit(run, extraction, state, writers, fields)
+    commit(run, extraction, state, writers, fields, about)
 
 
 def _after(source: data.Source, start: int) -> data.Source:
-    """What of it is left."""
-    return source._replace(size=source.size - start, read=lambda indices: source.read(start + indices))
+    """What of it is left, with the `index` of each image in the whole."""
+    read = lambda indices: source.read(start + indices) | {"index": (start + indices).astype(np.int32)}
+    return source._replace(size=source.size - start, read=read)
 
 
 def begin(
@@ -84,12 +94,16 @@ def begin(
     """
     folder = run.folder(extraction.name)
     now = {"fingerprint": fingerprint(state), "step": int(state["step"]), "batch_size": batch_size}
+    now |= {"settings": dict(extraction.settings)} if extraction.settings else {}
     if jax.process_index() == 0:
         path = folder / "unfinished.json"
         before = run_lib.read_json(path) if path.exists() else None
         if before != now:
             if before is not None:
-                run_lib.say(f"{extraction.name}: begins anew, for its first part was made by another {extraction.of}")
+                others = " or with other settings" if extraction.settings else ""
+                run_lib.say(
+                    f"{extraction.name}: begins anew, for its first part was made by another {extraction.of}{others}"
+                )
             with _explained(folder):
                 if folder.exists():
                     folder.rmtree()
@@ -101,7 +115,12 @@ def begin(
 
 
 def commit(
-    run: Run, extraction: Extraction, state: PyTree, writers: dict[str, "Writer"], fields: records.Fields
+    run: Run,
+    extraction: Extraction,
+    state: PyTree,
+    writers: dict[str, "Writer"],
+    fields: records.Fields,
+    about: Mapping[str, Any] = {},
 ) -> None:
     """Declares the extraction complete, made with the weights of `state` (`step`, `ema`, `extra`)."""
     if jax.process_index() > 0:
@@ -113,6 +132,8 @@ def commit(
         "fingerprint": made_by,
         "step": int(state["step"]),
         "steps": _steps(run, extraction),
+        "settings": dict(extraction.settings),
+        "about": dict(about),
         "fields": {name: [dtype.base.name, list(dtype.shape)] for name, dtype in sorted(fields.items())},
         "shard_lengths": shard_lengths,
         "files": {
@@ -127,13 +148,18 @@ def commit(
 
 
 def is_extracted(run: Run, extraction: Extraction) -> bool:
-    """Raises InputError where it is, but the model is to be trained further than when it made it."""
+    """Raises InputError where it is, but with other settings, or the model is to be trained further than when it made
+    it."""
     path = run.folder(extraction.name) / "info.json"
     if not path.exists():
         return False
-    then, now = run_lib.read_json(path, INFO)["steps"], _steps(run, extraction)
-    if then != now:
-        raise _of_another(run, extraction, then, now)
+    info, now = run_lib.read_json(path, INFO), _steps(run, extraction)
+    if info["steps"] != now:
+        raise _of_another(run, extraction, info["steps"], now)
+    before = info.get("settings", {})
+    if changed := [name for name, value in extraction.settings.items() if before.get(name) != value]:
+        changes = ", ".join(f"{name} {before.get(name)} -> {extraction.settings[name]}" for name in changed)
+        raise InputError(f"{path.parent} was made with other settings ({changes}); {_remedy(run, extraction)}")
     return True
 
 
@@ -154,6 +180,11 @@ def open_arrays(run: Run, extraction: Extraction, split: str) -> dict[str, recor
     _verify(folder, json.dumps(info["files"][split]))
     fields = {name: np.dtype((kind, tuple(shape))) for name, (kind, shape) in info["fields"].items()}
     return records.columns([folder / name for name in names], fields)
+
+
+def record(run: Run, extraction: Extraction, split: str) -> dict[str, Any]:
+    """What info.json has of an extraction that `open_arrays` takes: its settings, `about`, and the files of a split."""
+    return run_lib.read_json(run.folder(extraction.name) / "info.json", INFO | {"about": dict, "files": {split: dict}})
 
 
 def origin(run: Run, extraction: Extraction) -> str:
@@ -199,12 +230,17 @@ def _steps(run: Run, extraction: Extraction) -> int:
 
 
 def _of_another(run: Run, extraction: Extraction, then: int, now: int) -> InputError:
-    folders = " and ".join(filter(None, [", ".join([extraction.name, *extraction.then[:-1]]), *extraction.then[-1:]]))
     difference = f"at step {then:,}, now {now:,}" if then != now else f"other weights of step {now:,}"
     return InputError(
-        f"{run.folder(extraction.name)} was made by another {extraction.of} ({difference}); "
-        f"remove the folders {folders} in {run.workdir} to train them anew"
+        f"{run.folder(extraction.name)} was made by another {extraction.of} ({difference}); {_remedy(run, extraction)}"
     )
+
+
+def _remedy(run: Run, extraction: Extraction) -> str:
+    if not extraction.then:
+        return f"remove the folder {extraction.name} in {run.workdir} to extract again"
+    folders = " and ".join(filter(None, [", ".join([extraction.name, *extraction.then[:-1]]), *extraction.then[-1:]]))
+    return f"remove the folders {folders} in {run.workdir} to train them anew"
 
 
 @functools.lru_cache(maxsize=8)  # once a process: the codes of a large data set take seconds to read

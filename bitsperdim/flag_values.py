@@ -17,25 +17,33 @@ from bitsperdim.errors import InputError
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
 
-OF_DRAW = ("temperature", "label", "top_k", "top_p", "sampler", "batch_size", "given")
+OF_DRAW = ("temperature", "label", "top_k", "top_p", "sampler", "batch_size", "given", "keep")
 # Those of them that may differ by level: least and greatest value, type.
 BY_LEVEL = {"temperature": (0.0, math.inf, float), "top_k": (1, math.inf, int), "top_p": (0.0, 1.0, float)}
 
 
 def draw_options(given: Mapping[str, Any], loaded: Loaded, run: Run) -> dict[str, Any]:
     """The flags `OF_DRAW` that were given, as arguments of the family's `draw`; InputError where it has none such."""
-    known, family = inspect.signature(loaded.draw).parameters, run.family.__name__
+    return options(given, loaded.draw, f"a run of {run.family.__name__}", run)
+
+
+def options(given: Mapping[str, Any], function: Callable[..., Any], whose: str, run: Run) -> dict[str, Any]:
+    """The flags `OF_DRAW` that were given, as arguments of a function of the family; InputError where it has none such.
+    `whose` says whose function it is."""
+    known, family = inspect.signature(function).parameters, run.family.__name__
     options = dict(given)
     for name in options:
         if name not in known:
             flags_of_it = ", ".join(f"--{option}" for option in OF_DRAW if option in known)
-            raise InputError(f"--{name} means nothing for a run of {family}; it knows {flags_of_it}")
+            raise InputError(f"--{name} means nothing for {whose}; it knows {flags_of_it or 'none of its kind'}")
     for name in BY_LEVEL.keys() & options.keys():
         options[name] = by_level(name, given[name], *BY_LEVEL[name])
         if isinstance(options[name], dict) and not hasattr(run.config, "levels"):
             raise InputError(f"--{name}={given[name]}: a run of {family} has no levels; give one number")
     if "given" in options:
         options["given"] = array("given", options["given"])
+    if "keep" in options:
+        options["keep"] = shares("keep", options["keep"])
     return options
 
 

@@ -10,7 +10,7 @@ A family is a module (named by the config's `family`) that exports
 Not here: how a stage is trained (`trainer.py`) and how a step is compiled (`step.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -55,7 +55,8 @@ class Stage(NamedTuple):
     """One part of a run. Either trained (`model` to `settings`) or extracted (`extract`, `is_extracted`).
 
     The functions are called when the stages named in `needs` are complete, and only those that are needed: sampling
-    opens no data set. `model` alone is called at the start too, so that it can refuse what cannot be built.
+    opens no data set. `model` alone is called at the start too, so that it can refuse what cannot be built. A stage
+    `on_request` runs only where it is named (`train.py --stage`).
     """
 
     name: str
@@ -70,6 +71,9 @@ class Stage(NamedTuple):
     settings: "TrainConfig | None" = None
     extract: Callable[["Run", Mesh, Callable[[], None]], None] | None = None  # the last one raises after a signal
     is_extracted: Callable[["Run"], bool] | None = None
+    # (run, step, held-out figures) -> lines that are said behind an evaluation of the training, and by evaluate.py
+    remarks: Callable[["Run", int, dict[str, float]], list[str]] = lambda run, step, figures: []
+    on_request: bool = False
 
 
 class Loaded(NamedTuple):
@@ -85,12 +89,21 @@ class Loaded(NamedTuple):
     # (key, n, temperature=..., ...) -> images, and what is to be known of drawing them (network calls); the options are
     # those of the family
     draw: Callable[..., tuple[UInt8[np.ndarray, "n h w c"], dict[str, Any]]]
-    encode: Callable[[UInt8[np.ndarray, "n h w c"]], PyTree]
-    decode: Callable[[PyTree], UInt8[np.ndarray, "n h w c"]]
+    # Of images alone, of latents alone; the options of the family (a key, layers left open) are in their docstrings
+    encode: Callable[..., PyTree]
+    decode: Callable[..., UInt8[np.ndarray, "n h w c"]]
     reconstruct: Callable[[UInt8[np.ndarray, "n h w c"]], UInt8[np.ndarray, "n h w c"]]
     # (key, progress, rows of an earlier start, keep) -> what each of the family's samplers takes, one row each, and
     # plots of it; where it has several. `keep` is called with all rows whenever there is one more
     compare_samplers: Callable[..., tuple[list[dict[str, Any]], dict[str, np.ndarray]]] | None = None
+    # (images, as many others, share) -> images so far on the way from the one to the other
+    interpolate: Callable[..., UInt8[np.ndarray, "n h w c"]] | None = None
+    # by name, (key, n, progress, options of its own) -> a picture of n held-out images, and a record with its figures,
+    # those of a table as `rows`
+    figures: Mapping[str, Callable[..., tuple[UInt8[np.ndarray, "H W 3"], dict[str, Any]]]] = {}
+    # (split) -> how many images the run has stored of it as latents, and these in order, in batches, each with its
+    # figures by image where the data set is at hand
+    decode_stored: Callable[[str], tuple[int, Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]]] | None = None
 
     def sample(self, key: Key[Array, ""], n: int, **options: Any) -> UInt8[np.ndarray, "n h w c"]:
         """n images; image i depends on (key, i) alone, not on n. `help(run.draw)` shows the options."""

@@ -36,6 +36,7 @@ class Observer:
         assert stage.settings and stage.pictures
         self._config, self._model, self._mesh = stage.settings, model, mesh
         self._folder = run.folder(stage.name)
+        self._remarks = lambda step, figures: stage.remarks(run, step, figures)
         self._source = source
         self._check_signals = check_signals
         self._pictures = stage.pictures(run, mesh)
@@ -151,7 +152,8 @@ class Observer:
             self._write(done, "milestone", {f"{figure}_at_{name}": value for figure, value in figures.items()})
         shown = {name: value for name, value in figures.items() if not name.endswith("_standard_error")}
         text = f"evaluation at step {done}: {metrics.shown(shown)}"
-        self._console.message(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    "))
+        for line in (text, *self._remarks(done, figures)):
+            self._console.message(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="    "))
         return figures
 
     def _draw(self, done: int, state: PyTree) -> None:

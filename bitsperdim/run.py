@@ -38,7 +38,8 @@ FREE_KEYS = frozenset(
     # Where images lie; that they are the same ones is checked by their fingerprint.
     | {"path", "evaluation_path"}
 )
-FREE_SECTIONS = ("mesh", "sampling")
+# What is done with a trained run.
+FREE_SECTIONS = ("mesh", "sampling", "evaluation", "encoding")
 # Of the section `data`: places on this machine, kept in full so that a run can be used from any folder.
 PATH_KEYS = ("path", "evaluation_path", "data_dir", "cache_dir")
 
@@ -147,6 +148,20 @@ def open_run(workdir: str | os.PathLike[str], paths: Mapping[str, str] = {}) -> 
     except InputError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from error
     return Run(folder, config, family)
+
+
+def with_evaluation(run: Run, **changes: Any) -> Run:
+    """The run with other values of the config's section `evaluation`, for a measurement; `InputError` where it has no
+    such, or they do not fit."""
+    section = getattr(run.config, "evaluation", None)
+    if lacking := [key for key in changes if not hasattr(section, key)]:
+        raise InputError(f"--{lacking[0]} means nothing for a run of {run.family.__name__}")
+    assert section is not None
+    try:
+        section = dataclasses.replace(section, **changes)
+        return run._replace(config=dataclasses.replace(run.config, evaluation=section))
+    except ValueError as error:
+        raise InputError(f"{', '.join(f'--{key}={value}' for key, value in changes.items())}: {error}") from error
 
 
 def place(path: str | os.PathLike[str]) -> epath.Path:

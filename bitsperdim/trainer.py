@@ -46,7 +46,7 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", 
     """
     with Signals() as signals:
         run = run_lib.check(workdir, values)
-        chosen = (run.stage(only),) if only else run.stages()
+        chosen = [run.stage(only)] if only else [stage for stage in run.stages() if not stage.on_request]
         mesh = sharding.make_mesh(run.config.mesh)
         for stage in chosen:
             _check_schedule(stage)
@@ -160,6 +160,8 @@ def evaluate(run: Run, split: str) -> dict[str, Any]:
             progress(f"{stage.name}: {source.name}", source.size),
         )
         measured[stage.name] = {"split": source.name, "step": int(state["step"]), **figures}
+        for line in stage.remarks(run, int(state["step"]), figures):
+            run_lib.say(f"{stage.name}: {line}")
     if not measured:
         raise InputError(f"no stage of {run.workdir} is complete; finish its training first")
     return {"split": split, **measured, **run.family.report(run.config, measured)}

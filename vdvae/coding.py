@@ -1,6 +1,7 @@
 """Images to latents and back, and images from the prior: pure functions of a model's parameters.
 
-Not here: batches, devices and checks of what people give (`sampling.py`).
+Not here: which latents are worth keeping (`pruning.py`), batches, devices and checks of what people give
+(`sampling.py`).
 """
 
 import math
@@ -28,30 +29,77 @@ def sampled(
     model: Vae, params: Params, keys: Key[Array, " b"], temperatures: Sequence[Array | float], output: Array | float
 ) -> UInt8[Array, "b h w c"]:
     """One image from each key. `temperatures`: one for each layer (eq. 4); `output`: that of p(x | z)."""
-    keys_of = lambda purpose: jax.vmap(lambda key: rng.for_purpose(key, purpose))(keys)
-    sources = network.prior_sources(keys_of("latents"), temperatures)
+    sources = network.prior_sources(for_purpose(keys, "latents"), temperatures)
     raw, _ = vae.generate(model, params, sources)
-    return model.output.draw(raw, keys_of("image"), output)
+    return model.output.draw(raw, for_purpose(keys, "image"), output)
 
 
-def encoded(model: Vae, params: Params, image: UInt8[Array, "b h w c"]) -> list[Float[Array, "b h w z"]]:
-    """The latents of every layer, each the mean of its posterior given the ones before."""
-    middle = Source(noise=jnp.zeros((len(image), 1, 1, 1)))
-    _, latents = vae.infer(model, params, image, [middle] * model.num_layers, lambda draw: draw.z)
+def encoded(
+    model: Vae, params: Params, image: UInt8[Array, "b h w c"], keys: Key[Array, " b"] | None = None
+) -> list[Float[Array, "b h w z"]]:
+    """The latents of every layer, each the mean of its posterior given the ones before; with keys a draw from it."""
+    sources = middles(model, len(image)) if keys is None else network.posterior_sources(keys, model.num_layers)
+    _, latents = vae.infer(model, params, image, sources, lambda draw: draw.z)
     return latents
 
 
 def decoded(model: Vae, params: Params, latents: Sequence[Float[Array, "b h w z"]]) -> UInt8[Array, "b h w c"]:
     """The likeliest image of the latents of all layers: of the likeliest component the mean."""
     raw, _ = vae.generate(model, params, [Source(given=z) for z in latents])
-    return _likeliest(model, raw)
+    return likeliest(model, raw)
+
+
+def completed(
+    model: Vae,
+    params: Params,
+    latents: Sequence[Float[Array, "b h w z"]],
+    known: Sequence[Float[Array, "..."]],
+    keys: Key[Array, " b"],
+    temperatures: Sequence[Array | float],
+    output: Array | float,
+) -> UInt8[Array, "b h w c"]:
+    """As `sampled`, but where `known`, of every layer, is 1 the latents are the given ones; it broadcasts to them."""
+    free = network.prior_sources(for_purpose(keys, "latents"), temperatures)
+    given = zip(free, latents, known, strict=True)
+    raw, _ = vae.generate(model, params, [source._replace(given=z, mask=mask) for source, z, mask in given])
+    return model.output.draw(raw, for_purpose(keys, "image"), output)
 
 
 def reconstructed(model: Vae, params: Params, image: UInt8[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:
     """`decoded` of `encoded`, in one pass."""
-    middle = Source(noise=jnp.zeros((len(image), 1, 1, 1)))
-    raw, _ = vae.infer(model, params, image, [middle] * model.num_layers, lambda draw: None)
-    return _likeliest(model, raw)
+    raw, _ = vae.infer(model, params, image, middles(model, len(image)), lambda draw: None)
+    return likeliest(model, raw)
+
+
+def interpolated(
+    model: Vae, params: Params, one: UInt8[Array, "b h w c"], other: UInt8[Array, "b h w c"], share: Array | float
+) -> UInt8[Array, "b h w c"]:
+    """An image `share` of the way from the reconstruction of one image to that of another.
+
+    Between them lies in each layer not z but the noise with which the prior would give it, and between two noises the
+    great circle: the prior of a layer depends on the layers before, and the deviation of noise stays what it is.
+    """
+
+    def noise(image: UInt8[Array, "b h w c"]) -> list[Array]:
+        keep = lambda draw: model.net.latent.noise_of(draw.prior, draw.z)
+        return vae.infer(model, params, image, middles(model, len(image)), keep)[1]
+
+    between = [_on_great_circle(a, b, share) for a, b in zip(noise(one), noise(other), strict=True)]
+    raw, _ = vae.generate(model, params, [Source(prior_noise=eps) for eps in between])
+    return likeliest(model, raw)
+
+
+def _on_great_circle(a: Float[Array, "b ..."], b: Float[Array, "b ..."], share: Array | float) -> Float[Array, "b ..."]:
+    """(sin((1 - t) w) a + sin(t w) b) / sin w, with the angle w between a and b."""
+    over = tuple(range(1, a.ndim))
+    total = lambda x: x.sum(over, keepdims=True)
+    cosine = total(a * b) / jnp.maximum(jnp.sqrt(total(a * a) * total(b * b)), 1e-30)
+    angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
+    # A straight line where the two nearly coincide or are opposite: there the circle is undefined.
+    is_defined = (angle > 1e-3) & (angle < math.pi - 1e-3)
+    safe = jnp.where(is_defined, angle, 1.0)
+    weight = lambda t: jnp.where(is_defined, jnp.sin(t * safe) / jnp.sin(safe), t)
+    return weight(1.0 - share) * a + weight(share) * b
 
 
 def importance_weighted(
@@ -71,6 +119,17 @@ def importance_weighted(
     return math.log(samples) - jax.nn.logsumexp(log_weights, axis=0)
 
 
-def _likeliest(model: Vae, raw: Float[Array, "b h w o"]) -> UInt8[Array, "b h w c"]:
+def middles(model: Vae, batch: int) -> list[Source]:
+    """z is the mean of its posterior in every layer."""
+    return [Source(noise=jnp.zeros((batch, 1, 1, 1)))] * model.num_layers
+
+
+def likeliest(model: Vae, raw: Float[Array, "b h w o"]) -> UInt8[Array, "b h w c"]:
+    """The image of the outputs at temperature 0."""
     keys = rng.per_example(jax.random.key(0), jnp.arange(len(raw)))  # of no effect at temperature 0
     return model.output.draw(raw, keys, 0.0)
+
+
+def for_purpose(keys: Key[Array, " b"], purpose: str) -> Key[Array, " b"]:
+    """`rng.for_purpose` of every example's key."""
+    return jax.vmap(lambda key: rng.for_purpose(key, purpose))(keys)

@@ -127,6 +127,33 @@ class ObjectiveConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What evaluate.py measures beside the bound."""
+
+    samples: int = 1  # K of the importance-weighted bound; 1: it is left out, for it takes as many passes
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "samples")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodingConfig:
+    """The stage `latents`: which channels of the latents of a data set are stored, and how."""
+
+    keep: float = 0.03  # share with the largest KL; the others are drawn from the prior. 1: all
+    count: str = "channels"  # what it is a share of: as published | 'dimensions'
+    images: int = 10_000  # of the training split, at most, from which the KL of each channel is known
+    dtype: str = "float32"  # of means and log-deviations: | 'float16', half the bytes
+    batch_size: int = 64  # images encoded or decoded at once on all devices together
+
+    def __post_init__(self) -> None:
+        one_of(self, count=("channels", "dimensions"), dtype=("float32", "float16"))
+        at_least(self, 1, "images", "batch_size")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep must lie in (0, 1], not {self.keep}")
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How `sample.py` draws where its flags do not say."""
 
@@ -143,7 +170,7 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run of a very deep VAE, `family` 'vdvae'. It has one stage, `model`."""
+    """A run of a very deep VAE, `family` 'vdvae': the stage `model`, and on request `latents`."""
 
     family: str
     seed: int
@@ -153,6 +180,8 @@ class Config:
     optim: OptimConfig
     train: TrainConfig
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    encoding: EncodingConfig = dataclasses.field(default_factory=EncodingConfig)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:

@@ -34,6 +34,9 @@ class Latent(NamedTuple):
     draw: Callable[[Distribution, Array, Array | float], Array]  # with the noise and a temperature
     kl: Callable[[Distribution, Distribution], Array]  # KL(posterior || prior) of each element, in nats
     log_ratio: Callable[[Array, Distribution, Distribution], Array]  # log q(z) - log p(z) of each element, in nats
+    noise_of: Callable[[Distribution, Array], Array]  # with which `draw` at temperature 1 gives this z
+    packed: Callable[[Distribution], Float[Array, "... z n"]]  # numbers that say all of a distribution, to be stored
+    unpacked: Callable[[Float[Array, "... z n"]], Distribution]
 
 
 def make(config: ModelConfig) -> Latent:
@@ -51,7 +54,7 @@ def make(config: ModelConfig) -> Latent:
             return own
         return Gaussian(prior.mean + own.mean, prior.std * own.std, prior.log_std + own.log_std)
 
-    return Latent(2, gaussian, posterior, jax.random.normal, draw, kl, log_ratio)
+    return Latent(2, gaussian, posterior, jax.random.normal, draw, kl, log_ratio, noise_of, packed, unpacked)
 
 
 def draw(distribution: Gaussian, noise: Float[Array, "... z"], temperature: Array | float) -> Float[Array, "... z"]:
@@ -70,6 +73,20 @@ def log_ratio(z: Float[Array, "... z"], posterior: Gaussian, prior: Gaussian) ->
     """log q(z) - log p(z), in nats, of each element: its mean over z from q is the divergence."""
     square = lambda distribution: jnp.square((z - distribution.mean) * jnp.exp(-distribution.log_std))
     return 0.5 * square(prior) - 0.5 * square(posterior) + prior.log_std - posterior.log_std
+
+
+def noise_of(distribution: Gaussian, z: Float[Array, "... z"]) -> Float[Array, "... z"]:
+    """(z - mean) / std."""
+    return (z - distribution.mean) * jnp.exp(-distribution.log_std)
+
+
+def packed(distribution: Gaussian) -> Float[Array, "... z 2"]:
+    """Mean and log-deviation: a small deviation itself would vanish in half precision."""
+    return jnp.stack([distribution.mean, distribution.log_std], axis=-1)
+
+
+def unpacked(numbers: Float[Array, "... z 2"]) -> Gaussian:
+    return Gaussian(numbers[..., 0], jnp.exp(numbers[..., 1]), numbers[..., 1])
 
 
 def log_softplus(u: Float[Array, "..."], beta: float) -> Float[Array, "..."]:

@@ -5,29 +5,37 @@ its released code, whose configs all use them. Not here: the model (`vae.py`), a
 """
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from bitsperdim import augment, data, likelihood, rng
 from bitsperdim import facts as facts_lib
 from bitsperdim.facts import Facts
 from bitsperdim.model import Aux, Batch, Model, Stage
-from vdvae import levels, pictures, vae
+from bitsperdim.ssim import ssim
+from vdvae import coding, levels, network, pictures, vae
 from vdvae.config import Config, ObjectiveConfig
 from vdvae.vae import Vae
+
+NEAR_ZERO = 0.05  # nats an image: a resolution with less says nothing
+OF_RESOLUTION = re.compile(r"kl_nats_\d+x\d+")
 
 
 def stage(config: Config) -> Stage:
     return Stage(
         "model",
         model=lambda run: make(config, facts_lib.of_run(run)),
+        evaluated=lambda run: evaluated(config, facts_lib.of_run(run)),
         source=lambda run, split: data.open_source(config.data, split),
         pictures=pictures.of_run,
         facts=lambda run: facts_lib.of_run(run)._asdict(),
         optim=config.optim,
         settings=config.train,
+        remarks=lambda run, step, figures: remarks(config.objective, step, figures),
     )
 
 
@@ -58,6 +66,45 @@ def make(config: Config, facts: Facts) -> Model:
 
     init = lambda key: (vae.init(model, key), {})
     return Model(init, loss, measure, lambda means, tallies: means)
+
+
+def evaluated(config: Config, facts: Facts) -> Model:
+    """With the KL of every layer, the structural similarity of the likeliest image given a draw of z, and the
+    importance-weighted bound of `evaluation.samples` draws where they are more than one."""
+    trained, model, samples = make(config, facts), vae.make(config.model, facts), config.evaluation.samples
+
+    def measure(params: PyTree, extra: PyTree, batch: Batch, key: Array) -> Aux:
+        image, target = batch["image"], vae.target(model, batch["image"])
+        keys = rng.per_example(rng.for_purpose(key, "latents"), batch["position"])
+        raw, kl = vae.infer(model, params, image, network.posterior_sources(keys, model.num_layers), vae.kl_of_image)
+        kl = jnp.stack(kl)
+        parts = _parts(model, model.output.nats(raw, target), kl)
+        parts["ssim"] = ssim(target, coding.likeliest(model, raw), model.output.levels)
+        if samples > 1:
+            nats = coding.importance_weighted(model, params, image, keys, samples)
+            parts[f"bits_per_dim_importance_weighted_{samples}"] = likelihood.bits_per_dim(nats, model.num_dims)
+            parts[f"nats_importance_weighted_{samples}"] = nats
+        # Of layers sums alone: their standard errors would make the table twice as long.
+        return Aux(parts, {"kl": (kl * batch["mask"]).sum(1), "images": batch["mask"].sum()}, ())
+
+    def summarize(means: dict[str, float], tallies: PyTree) -> dict[str, float]:
+        of_layers = np.asarray(tallies["kl"]) / tallies["images"]
+        return means | {f"kl_nats_layer_{layer:02d}": float(kl) for layer, kl in enumerate(of_layers)}
+
+    return trained._replace(measure=measure, summarize=summarize)
+
+
+def remarks(config: ObjectiveConfig, step: int, figures: dict[str, float]) -> list[str]:
+    """Which resolutions have stayed without information (appendix A.1), once the warm-up of the divergence is over."""
+    if step <= max(2 * config.kl_start + config.kl_steps, config.gamma_steps):
+        return []
+    found = {name.removeprefix("kl_nats_"): kl for name, kl in figures.items() if OF_RESOLUTION.fullmatch(name)}
+    return [
+        f"warning: the latents of {name} say nothing of the image (KL {kl:.2g} nats); a longer warm-up may help: "
+        "objective.kl_steps, gamma_steps"
+        for name, kl in found.items()
+        if kl < NEAR_ZERO
+    ]
 
 
 def _parts(model: Vae, reconstruction: Float[Array, " b"], kl: Float[Array, "l b"]) -> dict[str, Array]:

@@ -18,7 +18,7 @@ from bitsperdim import facts, rng, sharding, trainer
 from bitsperdim.errors import InputError
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
-from vdvae import coding, levels, vae
+from vdvae import coding, figures, latent_store, levels, vae
 from vdvae.config import Config
 from vdvae.vae import Vae
 
@@ -31,8 +31,10 @@ def load(run: Run, mesh: Mesh) -> Loaded:
     params = functools.cache(lambda: trainer.restore(run, "model", mesh)[1]["ema"])
     in_batches = functools.partial(_in_batches, mesh=mesh, size=run.config.sampling.batch_size)
     sample = jax.jit(functools.partial(coding.sampled, model))
-    encode = jax.jit(functools.partial(coding.encoded, model))
-    decode = jax.jit(functools.partial(coding.decoded, model))
+    encoded = jax.jit(functools.partial(coding.encoded, model))
+    decoded = jax.jit(functools.partial(coding.decoded, model))
+    completed = jax.jit(functools.partial(coding.completed, model))
+    between = jax.jit(functools.partial(coding.interpolated, model))
     reconstruct = jax.jit(functools.partial(coding.reconstructed, model))
     weighted = jax.jit(functools.partial(coding.importance_weighted, model), static_argnums=3)
 
@@ -69,15 +71,51 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         about = {"network_calls": -(-n // size), "temperatures": list(of_levels), "output_temperature": chosen}
         return images, about
 
-    return Loaded(
+    def encode(images: UInt8[np.ndarray, "n h w c"], key: Key[Array, ""] | None = None) -> Latents:
+        """The latents of every layer, the first drawn first: means of the posteriors, with a key a draw from them."""
+        images = _checked(model, images)
+        if key is None:
+            return in_batches(lambda rows: encoded(params(), rows), images)
+        rows = {"image": images, "keys": rng.per_example(key, jnp.arange(len(images)))}
+        return in_batches(lambda rows: encoded(params(), rows["image"], rows["keys"]), rows)
+
+    def decode(
+        latents: Sequence[Float[np.ndarray, "n h w z"] | None],
+        key: Key[Array, ""] | None = None,
+        temperature: float | Sequence[float] | Mapping[str, float] | None = None,
+    ) -> UInt8[np.ndarray, "n h w c"]:
+        """The likeliest images of the latents. Layers given as None are drawn from the prior with the key (default: of
+        0) and the temperature, as `draw` takes it; so latents can be swapped, and left open behind any layer."""
+        given, known = _checked_latents(model, latents)
+        if all(known):
+            return in_batches(lambda rows: decoded(params(), rows), given)
+        of_layers = coding.by_layer(model, _temperatures(run.config, temperature))
+        keys = rng.per_example(jax.random.key(0) if key is None else key, jnp.arange(len(given[0])))
+        masks, rows = [np.float32(is_known) for is_known in known], {"latents": given, "keys": keys}
+        complete = lambda rows: completed(params(), rows["latents"], masks, rows["keys"], of_layers, 0.0)
+        return in_batches(complete, rows)
+
+    def interpolate(
+        one: UInt8[np.ndarray, "n h w c"], other: UInt8[np.ndarray, "n h w c"], share: float
+    ) -> UInt8[np.ndarray, "n h w c"]:
+        """Images `share` of the way from the reconstruction of one to that of the other (`coding.interpolated`)."""
+        rows = (_checked(model, one), _checked(model, other))
+        if len(rows[0]) != len(rows[1]):
+            raise InputError(f"images to interpolate between must be as many, not {len(one)} and {len(other)}")
+        return in_batches(lambda rows: between(params(), *rows, share), rows)
+
+    loaded = Loaded(
         config=run.config,
         levels=model.output.levels,
         log_prob=log_prob,
         draw=draw,
-        encode=lambda images: in_batches(lambda rows: encode(params(), rows), _checked(model, images)),
-        decode=lambda latents: in_batches(lambda rows: decode(params(), rows), _checked_latents(model, latents)),
+        encode=encode,
+        decode=decode,
         reconstruct=lambda images: in_batches(lambda rows: reconstruct(params(), rows), _checked(model, images)),
+        interpolate=interpolate,
+        decode_stored=functools.partial(latent_store.decode, run, mesh),
     )
+    return loaded._replace(figures=figures.of_run(run, mesh, loaded))
 
 
 def _temperatures(config: Config, given: float | Sequence[float] | Mapping[str, float] | None) -> tuple[float, ...]:
@@ -108,14 +146,23 @@ def _checked(model: Vae, images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarr
     return images
 
 
-def _checked_latents(model: Vae, latents: Latents) -> Latents:
-    expected, found = levels.latent_shapes(model.net.levels), [np.asarray(z, np.float32) for z in latents]
-    if len(found) != len(expected):
-        raise InputError(f"latents must be a list of {len(expected)} arrays, one a layer, not of {len(found)}")
+def _checked_latents(model: Vae, latents: Sequence[Float[np.ndarray, "n h w z"] | None]) -> tuple[Latents, list[bool]]:
+    """The latents, zeros in place of None, and which of them are given."""
+    expected = levels.latent_shapes(model.net.levels)
+    if len(latents) != len(expected):
+        raise InputError(f"latents must be a list of {len(expected)} arrays, one a layer, not of {len(latents)}")
+    known = [z is not None for z in latents]
+    count = next((len(z) for z in latents if z is not None), 0)
+    if not any(known):
+        raise InputError("latents must be given for a layer at least; sample draws all of them")
+    found = [
+        np.zeros((count, *shape), np.float32) if z is None else np.asarray(z, np.float32)
+        for z, shape in zip(latents, expected, strict=True)
+    ]
     for layer, (z, shape) in enumerate(zip(found, expected, strict=True)):
-        if z.shape != (len(found[0]), *shape):
+        if z.shape != (count, *shape):
             raise InputError(f"latents of layer {layer} must be {['n', *shape]}, not {list(z.shape)}")
-    return found
+    return found, known
 
 
 def _in_batches(function: Callable[[PyTree], PyTree], rows: PyTree, mesh: Mesh, size: int) -> PyTree:

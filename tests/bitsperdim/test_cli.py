@@ -181,6 +181,19 @@ def test_flags_out_of_range_are_named(refusal, trained, script, flag):
     assert flag.partition("=")[0].removeprefix("--") in refusal(script, f"--workdir={trained}", flag)
 
 
+@pytest.mark.parametrize(
+    ("script", "flag", "message"),
+    [
+        (EVALUATE, "--samples=4", "--samples means nothing for a run of toy_family"),
+        (SAMPLE, "--figure=pruning", "--figure=pruning is no figure of a run of toy_family; it has none"),
+        (SAMPLE, "--decode=train", "a run of toy_family has no stored latents to decode"),
+        (SAMPLE, "--keep=0.03", "--keep means nothing for a run of toy_family; it knows --temperature"),
+    ],
+)
+def test_what_a_family_does_not_offer_is_refused(refusal, trained, script, flag, message):
+    assert message in refusal(script, f"--workdir={trained}", flag)
+
+
 def test_results_that_cannot_be_written_are_an_input_error(call, trained, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = call(SAMPLE, f"--workdir={trained}", f"--out={tmp_path / 'file'}")

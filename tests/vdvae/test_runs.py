@@ -1,22 +1,25 @@
 """Whole runs: trained, measured, sampled, opened in a notebook; and what makes a deep hierarchy stable."""
 
 import dataclasses
+import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 import bitsperdim
-from bitsperdim import cli, data, sharding, trainer
+from bitsperdim import cli, data, extracted, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim import step as step_lib
 from bitsperdim.errors import InputError
 from bitsperdim.facts import Facts
 from bitsperdim.metrics import read
-from vdvae import coding, levels, model_stage, vae
-from vdvae.config import ModelConfig, ObjectiveConfig
+from vdvae import coding, latent_store, levels, model_stage, pruning, vae
+from vdvae.config import EncodingConfig, ModelConfig, ObjectiveConfig
 
 DIGITS = Facts((8, 8, 1), 17)
 
@@ -45,12 +48,29 @@ def held_out(run):
 def test_a_run_learns_and_reports_a_bound_and_its_parts(run):
     lines = [line for line in read(run.folder("model") / "metrics.jsonl") if line["kind"] == "train"]
     assert lines[-1]["bits_per_dim"] < lines[0]["bits_per_dim"] < math.log2(17) + 0.5
-    measured = trainer.evaluate(run, "evaluation")
+    assert not run.folder("latents").exists()  # a stage on request
+    measured = trainer.evaluate(run_lib.with_evaluation(run, samples=4), "evaluation")
     assert measured["model"]["images"] == 360
     assert measured["nats"] == pytest.approx(measured["reconstruction_nats"] + measured["kl_nats"], rel=1e-6)
     assert measured["bits_per_dim"] == pytest.approx(measured["nats"] / (64 * math.log(2.0)), rel=1e-6)
     by_level = sum(measured["model"][f"kl_nats_{edge}x{edge}"] for edge in (1, 8))
     assert by_level == pytest.approx(measured["kl_nats"], rel=1e-5)
+    of_layers = [measured["model"][f"kl_nats_layer_{layer:02d}"] for layer in range(3)]
+    np.testing.assert_allclose(
+        [of_layers[0], sum(of_layers[1:])], [measured["kl_nats_1x1"], measured["kl_nats_8x8"]], rtol=1e-5
+    )
+    weighted = measured["model"]["bits_per_dim_importance_weighted_4"]
+    assert 0.9 * measured["bits_per_dim"] < weighted < measured["bits_per_dim"]
+    assert 0.0 < measured["ssim"] < 1.0
+
+
+def test_a_resolution_that_says_nothing_is_named_once_the_warm_up_is_over():
+    objective = ObjectiveConfig(kl_steps=200, gamma_steps=400)
+    figures = {"kl_nats": 9.0, "kl_nats_1x1": 0.001, "kl_nats_4x4": 9.0, "kl_nats_layer_00": 0.001}
+    (line,) = model_stage.remarks(objective, 401, figures)
+    assert "latents of 1x1 say nothing" in line and "objective.kl_steps" in line
+    assert not model_stage.remarks(objective, 400, figures)
+    assert not model_stage.remarks(objective, 401, figures | {"kl_nats_1x1": 1.0})
 
 
 def test_more_samples_give_a_tighter_bound(loaded, held_out):
@@ -67,6 +87,8 @@ def test_latents_go_and_come_back(loaded, held_out):
     decoded = loaded.decode(latents)
     assert decoded.dtype == np.uint8 and decoded.max() <= 16
     assert (decoded == loaded.reconstruct(held_out)).mean() > 0.99
+    drawn = loaded.encode(held_out, jax.random.key(1))
+    assert all((z != mean).any() for z, mean in zip(drawn, latents, strict=True))
     with pytest.raises(InputError, match="must be a list of 3 arrays, one a layer, not of 2"):
         loaded.decode(latents[1:])
     with pytest.raises(InputError, match=r"latents of layer 1 must be \['n', 8, 8, 2\]"):
@@ -92,6 +114,124 @@ def test_temperatures_are_those_of_levels(loaded):
     for wrong, message in (({"16": 1.0}, "the levels are 1, 8"), ((1.0, 0.5, 0.5), "one for each of 2 levels")):
         with pytest.raises(InputError, match=message):
             loaded.draw(key, 1, temperature=wrong)
+
+
+def test_layers_left_open_are_drawn_from_the_prior_and_swapped_ones_are_kept(loaded, held_out):
+    latents, key = loaded.encode(held_out), jax.random.key(3)
+    open_behind = loaded.decode([latents[0], None, None], key)
+    np.testing.assert_array_equal(loaded.decode([latents[0][:4], None, None], key), open_behind[:4])
+    assert (loaded.decode([latents[0], None, None], jax.random.key(4)) != open_behind).mean() > 0.05
+    cold = loaded.decode([latents[0], None, None], key, temperature=0.0)
+    np.testing.assert_array_equal(cold, loaded.decode([latents[0], None, None], jax.random.key(4), temperature=0.0))
+    nearly = loaded.decode([*latents[:2], None], key, temperature={"8": 0.0})
+    assert (nearly == loaded.reconstruct(held_out)).mean() > (open_behind == loaded.reconstruct(held_out)).mean()
+    swapped = loaded.decode([latents[0], *(np.roll(z, 1, 0) for z in latents[1:])])
+    assert swapped.shape == held_out.shape
+    with pytest.raises(InputError, match="must be given for a layer at least"):
+        loaded.decode([None] * 3)
+
+
+def test_an_interpolation_begins_and_ends_with_reconstructions(loaded, held_out):
+    one, other = held_out[:4], held_out[4:8]
+    for share, end in ((0.0, one), (1.0, other)):
+        assert (loaded.interpolate(one, other, share) == loaded.reconstruct(end)).mean() > 0.98
+    middle = loaded.interpolate(one, other, 0.5)
+    assert (middle != loaded.reconstruct(one)).any() and (middle != loaded.reconstruct(other)).any()
+    np.testing.assert_array_equal(loaded.interpolate(one, one, 0.5), loaded.interpolate(one, one, 0.0))
+
+
+def sample(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags])
+    try:
+        cli.sample()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_figures_are_drawn_from_the_command_line(run, tmp_path, monkeypatch, capsys):
+    where = [f"--workdir={run.workdir}", f"--out={tmp_path}", "--num=3"]
+    for name in ("progressive", "swap", "interpolation"):
+        assert sample(monkeypatch, *where, f"--figure={name}") == 0
+        assert PIL.Image.open(tmp_path / f"{name}.png").size[1] >= 3 * 96
+    assert json.loads((tmp_path / "progressive.json").read_text())["layers_from_posterior"] == [0, 1, 3]
+    assert sample(monkeypatch, *where, "--figure=pruning", "--keep=1,0.5") == 0
+    whole, half = json.loads((tmp_path / "pruning.json").read_text())["rows"]
+    assert (whole["keep"], whole["share_of_channels"], whole["share_of_dimensions"]) == (1.0, 1.0, 1.0)
+    assert (half["share_of_channels"], whole["bytes_per_image"]) == (0.5, (2 + 2 * 2 * 64) * 8)
+    assert whole["bits_per_dim"] == pytest.approx(trainer.evaluate(run, "evaluation")["bits_per_dim"], rel=0.02)
+    assert half["kl_bits_per_dim"] < whole["kl_bits_per_dim"]
+    for flags, message in (
+        (["--figure=nonsense"], "there are progressive, swap, interpolation, pruning"),
+        (["--figure=swap", "--keep=0.5"], "--keep means nothing for the figure 'swap'; it knows none of its kind"),
+        (["--keep=0.5"], "--keep means nothing for a run of vdvae"),
+        (["--decode=evaluation"], "latents is missing; train.py --stage=latents makes it"),
+    ):
+        capsys.readouterr()
+        assert sample(monkeypatch, *where, *flags) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def stored(run):
+    """The run with half of its channels stored, in batches of 64, a shard each."""
+    config = digits_config()
+    config.encoding = {"keep": 0.5, "images": 200}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extracted.records, "SHARD_BATCHES", 1)
+        write, written = extracted.Writer._write, []
+
+        def killed_once(self):
+            if len(written) == 3:
+                written.append(self)
+                raise KeyboardInterrupt
+            written.append(write(self))
+
+        patch.setattr(extracted.Writer, "_write", killed_once)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(config, str(run.workdir), only="latents")
+        return trainer.train(config, str(run.workdir), only="latents")
+
+
+def test_a_data_set_goes_into_latents_and_back_with_its_likelihood(stored, monkeypatch, tmp_path):
+    """The bound of the stored latents is that of the images, noise for noise, also behind an interruption."""
+    mesh, about = sharding.mesh_at_hand(stored.config.mesh), Facts((8, 8, 1), 17)
+    model, (_, state) = vae.make(stored.config.model, about), trainer.restore(stored, "model", mesh)
+    kept = pruning.channels(model, pruning.kl_by_channel(stored, mesh), 0.5)
+    for split in ("train", "evaluation"):
+        images = data.open_source(stored.config.data, split).read(np.arange(300))["image"]
+        keys = latent_store._keys(stored, jnp.arange(300))
+        bound = jax.jit(lambda image, keys: pruning.bound(model, state["ema"], image, keys, kept))
+        reconstruction, kl, likeliest = bound(images, keys)
+        size, batches = latent_store.decode(stored, mesh, split)
+        decoded, parts = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+        assert size == len(decoded) == {"train": 1437, "evaluation": 360}[split]
+        np.testing.assert_allclose(parts["reconstruction_nats"][:300], reconstruction, rtol=1e-4)
+        np.testing.assert_allclose(parts["kl_nats"][:300], kl, rtol=1e-4)
+        assert (decoded[:300] == likeliest).mean() > 0.99
+    assert sample(monkeypatch, f"--workdir={stored.workdir}", "--decode=evaluation", f"--out={tmp_path}") == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "decoded-evaluation.npy"), decoded)
+    figures = json.loads((tmp_path / "decoded-evaluation.json").read_text())
+    assert figures["nats"] == pytest.approx(float(parts["nats"].mean()), rel=1e-6) and figures["images"] == 360
+
+
+def test_a_store_is_refused_to_another_model_and_with_other_settings(stored):
+    mesh = sharding.mesh_at_hand(stored.config.mesh)
+    other = stored._replace(
+        config=dataclasses.replace(stored.config, encoding=EncodingConfig(keep=0.5, dtype="float16"))
+    )
+    with pytest.raises(InputError, match=r"other settings \(images 200 -> 10000, dtype float32 -> float16\); remove"):
+        extracted.is_extracted(other, latent_store._extraction(other))
+    path = stored.workdir / "latents" / "info.json"
+    content = path.read_text()
+    try:
+        path.write_text(content.replace(json.loads(content)["fingerprint"], "0" * 64))
+        with pytest.raises(InputError, match=r"was made by another model .*remove the folder latents"):
+            latent_store.decode(stored, mesh, "train")
+    finally:
+        path.write_text(content)
+    with pytest.raises(InputError, match="has the splits train and evaluation, not 'test'"):
+        latent_store.decode(stored, mesh, "test")
 
 
 def gradients(config, size, accumulation=1, rows=None):
