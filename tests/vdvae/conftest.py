@@ -29,7 +29,7 @@ class Golden(NamedTuple):
 
     def converted(self, prefix):
         from_torch = {"efficient": convert.efficient_from_torch, "vdvae": convert.baseline_from_torch}
-        return from_torch[self.model.config.style](self.tensors(prefix), self.model.net.levels)
+        return from_torch[self.model.config.style](self.tensors(prefix), self.model.net)
 
 
 def efficient_config(**changes):
