@@ -84,7 +84,9 @@ def read_cfg(path: pathlib.Path) -> Values:
     expected = FIXED | {key: ([2] * len(found[key]),) for key in OF_CELLS if isinstance(found[key], list)}
     for key, values in expected.items():
         if found[key] not in values:
-            raise InputError(f"{path}: '{key}' is {found[key]!r}; only {values[0]!r}, as in all released runs, is known")
+            raise InputError(
+                f"{path}: '{key}' is {found[key]!r}; only {values[0]!r}, as in all released runs, is known"
+            )
     return found
 
 
@@ -294,7 +296,9 @@ def baseline(values: Values, path: pathlib.Path) -> ConfigDict:
         pairs = [part.split(":") for part in (values["custom_width_str"] or "").split(",") if part]
         widths = {int(edge): int(width) for edge, width in pairs}
     except ValueError as error:
-        raise InputError(f"{path}: 'custom_width_str' is no list of EDGE:WIDTH: {values['custom_width_str']!r}") from error
+        raise InputError(
+            f"{path}: 'custom_width_str' is no list of EDGE:WIDTH: {values['custom_width_str']!r}"
+        ) from error
     sizes = {"width": values["width"], "latent": values["zdim"], "bottleneck": float(values["bottleneck_multiple"])}
     config.model.update(from_block_strings(values["dec_blocks"], values["enc_blocks"], **sizes, widths=widths))
     config.model.update({"mixtures": values["num_mixtures"], "constants_up_to": values["no_bias_above"]})

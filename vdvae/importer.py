@@ -114,7 +114,9 @@ def _baseline(path: pathlib.Path, log: pathlib.Path) -> Imported:
     prefix, ending = _split(path)
     files = {part: pathlib.Path(f"{prefix}{PARTS[part]}") for part in ("params", "ema", "optimizer")}
     if not ending or path.suffix == ".npz":
-        return _run(config, model.facts, convert.baseline_from_torch(archives.read_arrays(path), model.net), steps=max(step, 1))
+        return _run(
+            config, model.facts, convert.baseline_from_torch(archives.read_arrays(path), model.net), steps=max(step, 1)
+        )
     read = {part: archives.read_arrays(files[part]) for part in ("params", "ema") if files[part].exists()}
     if not read:
         raise InputError(f"there is neither {files['ema']} nor {files['params']}")

@@ -189,7 +189,14 @@ def test_a_checkpoint_of_pytorch_has_its_averages_and_its_optimizer(efficient, t
 
 def vdvae_log(path, baseline, **changes):
     values = json.loads(str(baseline.arrays["config_json"]))
-    values |= {"n_batch": 16, "mpi_size": 2, "ema_rate": 0.9999, "grad_clip": 200.0, "skip_threshold": 400.0, "lr": 2e-4}
+    values |= {
+        "n_batch": 16,
+        "mpi_size": 2,
+        "ema_rate": 0.9999,
+        "grad_clip": 200.0,
+        "skip_threshold": 400.0,
+        "lr": 2e-4,
+    }
     values |= {"wd": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.9, "warmup_iters": 100.0, "desc": "test"} | changes
     lines = [{"type": "hparam", "key": key, "value": value} for key, value in values.items() if value is not None]
     lines += [{"message": "starting"}, {"type": "train_loss", "step": 1000, "epoch": 1, "elbo": 6.0}]
@@ -214,7 +221,17 @@ def test_a_checkpoint_of_vdvae_is_read_in_all_its_parts(baseline, tmp_path, monk
     assert_same(weights.moments.second, jax.tree.map(np.square, baseline.params))
     assert (weights.moments.count, config.train.steps, config.train.batch_size) == (990, 1000, 32)
     expected = baseline.model.config
-    for key in ("strides", "layers", "blocks", "widths", "latents", "style", "constants_up_to", "whiten", "latent_beta"):
+    for key in (
+        "strides",
+        "layers",
+        "blocks",
+        "widths",
+        "latents",
+        "style",
+        "constants_up_to",
+        "whiten",
+        "latent_beta",
+    ):
         assert getattr(config.model, key) == getattr(expected, key)
     # The average alone, as CIFAR-10 was released.
     for name in ("model", "opt"):
