@@ -1,16 +1,16 @@
 """A published PixelCNN++ checkpoint as a run. What its tensors are is known to `convert.py`."""
 
 from arm_forecast import convert
-from bitsperdim import adopt, cli
+from bitsperdim import archives, cli
 from bitsperdim.adopt import Imported, Weights
 
 
-def imported(path: str, image_size: int) -> Imported:
-    """The config and weights of a state_dict of pclucas14/pixel-cnn-pp, exported as .npz.
+def imported(path: str, image_size: int = 32) -> Imported:
+    """The config and weights of a state_dict of pclucas14/pixel-cnn-pp.
 
     The optimizer and schedule are those of PixelCNN++, for training further. Raises InputError for other files.
     """
-    state = adopt.read_arrays(path)
+    state = archives.read_arrays(path)
     network, channels = convert.network_from_torch(state)
     config = cli.load_config("arm_cifar10:dmol")
     # It is complete as it is; more steps go on from here.

@@ -5,8 +5,9 @@
 
 A JSON line a case, then all as a table. Nothing is trained or allocated: parameters are counted from their table, and
 memory is that of the program compiled from shapes for one device of the CPU, with layers in a loop as on an accelerator
-and float32 instead of bfloat16. `published_gb` is of all devices together, as far as the paper says; `of_vdvae` is the
-ratio of VDVAE's published memory to it. XLA's CPU backend undoes rematerialisation outside loops.
+and float32 instead of bfloat16. `published_gb` is of all devices together, as far as the paper says; `published_ratio` is
+that of VDVAE over it, and `ratio` ours, where `:vdvae` of the same file is among the cases: both for the batch of each
+config, whatever its size. XLA's CPU backend undoes rematerialisation outside loops.
 """
 
 import argparse
@@ -59,6 +60,8 @@ PUBLISHED: dict[str, tuple[float | None, float | None, float | None]] = {
     "vdvae_faces1024:celebahq": (None, None, 1.01),
     "vdvae_faces1024:ffhq": (None, None, 2.30),
     "vdvae_faces1024:vdvae": (115, None, 2.42),
+    "vdvae_faces1024:table2b_ffhq_unsmoothed": (None, None, None),
+    "vdvae_faces1024:table2b_celebahq_unsmoothed": (None, None, None),
     "vdvae_imagenet32:table1a_11_15_19_7_6": (None, 66, 3.63),
     "vdvae_imagenet32:table1a_16_15_19_7_6": (None, 71, 3.61),
     "vdvae_imagenet32:table1a_25_25_19_7_6": (None, 88, 3.58),
@@ -89,8 +92,8 @@ PUBLISHED: dict[str, tuple[float | None, float | None, float | None]] = {
     "vdvae_cifar10:table9_11": (None, 13, 2.91),
 }
 COLUMNS = (
-    *("config", "bottom_up", "top_down", "parameters_m", "published_m", "state_gib", "temporary_gib", "published_gb"),
-    *("of_vdvae", "published_nll", "compile_seconds", "program_kb"),
+    *("config", "batch", "bottom_up", "top_down", "parameters_m", "published_m", "state_gib", "temporary_gib"),
+    *("published_gb", "ratio", "published_ratio", "published_nll", "compile_seconds", "program_kb"),
 )
 
 
@@ -105,6 +108,7 @@ def main() -> None:
     for name in arguments.configs or PUBLISHED:
         cases.append(case(name, arguments.parameters, arguments.batch, arguments.scan))
         print(json.dumps(cases[-1]), flush=True)
+    add_ratios(cases)
     print("\n" + "\n".join(table(cases)))
 
 
@@ -116,17 +120,28 @@ def case(name: str, parameters_only: bool, batch: int, scan: str) -> dict:
     published, gigabytes, nll = PUBLISHED.get(name, (None, None, None))
     whole = PUBLISHED.get(f"{name.split(':')[0]}:vdvae", (None, None, None))[1]
     pooled = sum(level.stride > 1 for level in model.net.levels) if config.model.style == "vdvae" else 0
+    batch = batch or config.train.batch_size
     found = {
         "config": name,
+        "batch": batch,
         "bottom_up": sum(level.blocks for level in model.net.levels) + pooled,
         "top_down": model.num_layers,
         "parameters_m": round(layers.size(model.net.table) / 1e6, 2),
         "published_m": published,
         "published_gb": gigabytes,
-        "of_vdvae": round(whole / gigabytes, 2) if whole and gigabytes else None,
+        "published_ratio": round(whole / gigabytes, 2) if whole and gigabytes else None,
         "published_nll": nll,
     }
-    return found if parameters_only else found | memory(config, batch or config.train.batch_size)
+    return found if parameters_only else found | memory(config, batch)
+
+
+def add_ratios(cases: list[dict]) -> None:
+    """VDVAE's memory over that of the other configs of its file."""
+    total = {case["config"]: case["state_gib"] + case["temporary_gib"] for case in cases if "state_gib" in case}
+    for case in cases:
+        whole = total.get(f"{case['config'].split(':')[0]}:vdvae")
+        if whole and case["config"] in total:
+            case["ratio"] = round(whole / total[case["config"]], 2)
 
 
 def facts_of(config: Config) -> Facts:

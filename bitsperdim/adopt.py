@@ -1,32 +1,33 @@
 """Published weights become a run: a folder that evaluate.py, sample.py and `bitsperdim.load` take like any other.
 
 A family says what the arrays of a file are (`convert.py` there); here they get a config, a checkpoint and its manifest.
-Training goes on from there where the steps are raised, with a new optimizer. Nothing here unpickles a file.
+Training goes on from there where the steps are raised, with the optimizer's moments where the file has them.
+Not here: reading files (`archives.py`).
 """
 
 import os
-import pathlib
-import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from bitsperdim import optim, sharding, trainer
 from bitsperdim import run as run_lib
-from bitsperdim import state as state_lib
 from bitsperdim.errors import InputError
+from bitsperdim.model import Stage
 from bitsperdim.run import Run
 
-HOW_TO_EXPORT = """\
-  import numpy, torch
-  state = torch.load("checkpoint.pth", map_location="cpu", weights_only=True)
-  numpy.savez("checkpoint.npz", **{name: tensor.numpy() for name, tensor in state.items()})"""
+
+class Moments(NamedTuple):
+    """An optimizer after `count` updates: its averages of gradients, and of their squares or largest sizes."""
+
+    first: PyTree  # as the parameters
+    second: PyTree
+    count: int
 
 
 class Weights(NamedTuple):
@@ -35,6 +36,8 @@ class Weights(NamedTuple):
     params: PyTree
     extra: PyTree
     facts: dict[str, Any]
+    ema: PyTree | None = None  # None: the parameters themselves are evaluated
+    moments: Moments | None = None  # None: further training begins with a new optimizer
 
 
 class Imported(NamedTuple):
@@ -42,28 +45,6 @@ class Imported(NamedTuple):
 
     config: ConfigDict
     stages: Mapping[str, Weights]
-
-
-def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file by name. Raises InputError with the lines that export one from PyTorch."""
-    path = pathlib.Path(path)
-    if path.suffix != ".npz":
-        raise InputError(f"{path} is not an .npz file; PyTorch files are not read. Export it first:\n{HOW_TO_EXPORT}")
-    name = ""
-    try:
-        # NumPy leaves a file open that it cannot read.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            found = {}
-            for name in arrays.files:
-                # Checkpoints of a model under DataParallel carry its prefix.
-                found[name.removeprefix("module.")] = arrays[name]
-            return found
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
-    except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        why = f"array '{name}': {error}" if name else str(error)
-        what = f"{path} is not a whole .npz file of plain arrays ({why or type(error).__name__})"
-        raise InputError(f"{what}. Export it again:\n{HOW_TO_EXPORT}") from error
 
 
 def adopt(workdir: str | os.PathLike[str], imported: Imported) -> Run:
@@ -88,27 +69,49 @@ def _write(run: Run, imported: Imported) -> None:
     run_lib.create(run)
     for name, weights in imported.stages.items():
         stage = run.stage(name)
-        assert stage.model and stage.optim and stage.settings
+        assert stage.model and stage.settings
         run_lib.write_json(run.folder(name) / "data.json", weights.facts)
-        model = stage.model(run)
-        like = trainer.abstract_state(run, stage, model, mesh)
-        state = state_lib.create(model, optim.optimizer(stage.optim, stage.settings.steps), jax.random.key(0), like)
-        _check(state, weights, name)
-        for entry, values in (("params", weights.params), ("ema", weights.params), ("extra", weights.extra)):
-            place = lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding)
-            state[entry] = jax.tree.map(place, values, state[entry])
-        state["step"] = jax.device_put(jnp.int32(stage.settings.steps), state["step"].sharding)
+        like = trainer.abstract_state(run, stage, stage.model(run), mesh)
+        state = _state(stage, weights, like)
         with trainer.checkpoints_of(run, stage) as checkpoints:
             checkpoints.save(stage.settings.steps, state)
 
 
-def _check(state: PyTree, weights: Weights, name: str) -> None:
+def _state(stage: Stage, weights: Weights, like: PyTree) -> PyTree:
+    """The train state behind the stage's last step."""
+    assert stage.optim and stage.settings
+    place = lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding)
+    ema = weights.params if weights.ema is None else weights.ema
+    given = {"params": weights.params, "ema": ema, "extra": weights.extra}
+    _check(like, given, stage.name)
+    state = {entry: jax.tree.map(place, values, like[entry]) for entry, values in given.items()}
+    state["step"] = place(stage.settings.steps, like["step"])
+    state["skips"] = {counter: place(0, leaf) for counter, leaf in like["skips"].items()}
+    places = jax.tree.map(lambda leaf: leaf.sharding, like["opt"])
+    optimizer = optim.optimizer(stage.optim, stage.settings.steps)
+    state["opt"] = jax.jit(optimizer.init, out_shardings=places)(state["params"])
+    return state if weights.moments is None else state | _with_moments(state, weights.moments, place, stage.name)
+
+
+def _with_moments(state: PyTree, moments: Moments, place: Callable[[Any, Any], Any], name: str) -> dict[str, PyTree]:
+    """The entries `opt` and `skips` of the state, from which the learning rate follows too."""
+    given = {"mu": moments.first, "nu": moments.second}
+    fresh = {key: optax.tree.get(state["opt"], key) for key in given}
+    _check(fresh, given, name)
+    given = {key: jax.tree.map(place, given[key], fresh[key]) for key in given}
+    # Several parts of the optimizer count, all the same.
+    count = place(moments.count, state["skips"]["total"])
+    skipped = place(state["step"] - moments.count, state["skips"]["total"])
+    opt = optax.tree.set(state["opt"], **given, count=count)
+    return {"opt": opt, "skips": state["skips"] | {"total": skipped}}
+
+
+def _check(state: PyTree, given: dict[str, PyTree], name: str) -> None:
     shapes = lambda tree: {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    expected = shapes({"params": state["params"], "extra": state["extra"]})
-    found = shapes({"params": weights.params, "extra": weights.extra})
+    expected, found = shapes({entry: state[entry] for entry in given}), shapes(given)
     for path in sorted(expected.keys() | found.keys()):
         if expected.get(path) != found.get(path):
             raise InputError(

@@ -121,11 +121,17 @@ def sample() -> None:
 def convert() -> None:
     """Makes a run of published weights, for evaluate.py, sample.py and further training.
 
-    python convert.py --family=FAMILY --checkpoint=FILE.npz --workdir=RUN [flags]
+    python convert.py --family=FAMILY --checkpoint=FILE --workdir=RUN [flags]
 
-      --family=FAMILY           arm_forecast: PixelCNN++ of pclucas14/pixel-cnn-pp, its state_dict as .npz;
-                                vqvae2: the autoencoder of rosinality/vq-vae-2-pytorch, its state_dict as .npz
-      --image_size=32           of the images that the weights were trained on
+      --family=FAMILY           arm_forecast: PixelCNN++ of pclucas14/pixel-cnn-pp, its state_dict;
+                                flows: MaCow of XuezheMax/macow, its state_dict;
+                                vdvae: Efficient-VDVAE of Rayhane-mamah/Efficient-VDVAE (PyTorch or JAX), VDVAE of
+                                openai/vdvae, a file as it was released;
+                                vqvae2: the autoencoder of rosinality/vq-vae-2-pytorch, its state_dict
+      --checkpoint=FILE         arrays as .npz, or a file of PyTorch (pip install 'bitsperdim[convert]')
+      --image_size=32           of the images that the weights were trained on; not for vdvae
+      --hparams=FILE            vdvae: the hyper-parameters, where they do not lie beside the checkpoint
+      --config.KEY=VALUE        another value for any key of the run's config, such as --config.data.data_dir=FOLDER
       --traceback               show where an error comes from
     """
     _script(_convert, convert.__doc__)
@@ -133,17 +139,20 @@ def convert() -> None:
 
 def _train(argv: list[str]) -> None:
     name, argv = _pop_config(argv)
-    # Completed with the defaults, so that every key can be overridden and not only those that the file names.
-    _, config = run_lib.parse(load_config(name))
-    complete = ConfigDict(dataclasses.asdict(config))
-    _refuse_unknown_keys(argv, [key for key, _ in config_lib.flatten(complete.to_dict())])
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", complete, flag_values=values, sys_argv=argv)
+    _define_config(values, load_config(name), argv)
     flags.DEFINE_string("workdir", "", "Run folder; default runs/<config>-<variant>.", flag_values=values)
     flags.DEFINE_string("stage", "", "Train this stage alone.", flag_values=values)
     flags.DEFINE_string("init_from", "", "Run whose weights new stages start with.", flag_values=values)
     _parse(values, argv)
     trainer.train(values.config, values.workdir or _default_workdir(name), values.stage, values.init_from)
+
+
+def _define_config(values: flags.FlagValues, config: ConfigDict, argv: list[str]) -> None:
+    """The flags --config.KEY=VALUE, for every key and not only those that the config names."""
+    complete = ConfigDict(dataclasses.asdict(run_lib.parse(config)[1]))
+    _refuse_unknown_keys(argv, [key for key, _ in config_lib.flatten(complete.to_dict())])
+    config_flags.DEFINE_config_dict("config", complete, flag_values=values, sys_argv=argv)
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -297,13 +306,22 @@ def _convert(argv: list[str]) -> None:
     flags.DEFINE_string("family", None, "Package of the models.", flag_values=values)
     flags.DEFINE_string("checkpoint", None, "File of weights.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Run folder.", flag_values=values)
-    flags.DEFINE_integer("image_size", 32, "Edge of the images.", lower_bound=1, flag_values=values)
-    _parse(values, argv)
+    flags.DEFINE_integer("image_size", None, "Edge of the images.", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("hparams", None, "File of hyper-parameters.", flag_values=values)
+    changes = [argument for argument in argv if argument.startswith("--config.")]
+    _parse(values, [argument for argument in argv if argument not in changes])
     family = run_lib.family(_required(values, "family"))
     if not hasattr(family, "imported"):
         raise InputError(f"the family '{values.family}' has no importer of published weights")
-    imported = family.imported(_required(values, "checkpoint"), values.image_size)
-    run = adopt.adopt(_required(values, "workdir"), imported)
+    options = {name: values[name].value for name in ("image_size", "hparams") if values[name].value is not None}
+    for name in options:
+        if name not in inspect.signature(family.imported).parameters:
+            raise InputError(f"--{name} is not for --family={values.family}")
+    imported = family.imported(_required(values, "checkpoint"), **options)
+    changed = flags.FlagValues()
+    _define_config(changed, imported.config, changes)
+    _parse(changed, [argv[0], *changes])
+    run = adopt.adopt(_required(values, "workdir"), imported._replace(config=changed.config))
     print(f"{run.workdir} is a run now: evaluate.py and sample.py take it as --workdir")
 
 

@@ -69,6 +69,7 @@ class Stage(NamedTuple):
     facts: Callable[["Run"], dict[str, Any]] | None = None  # of the data (shape, levels, ...): kept in STAGE/data.json
     optim: "OptimConfig | None" = None
     settings: "TrainConfig | None" = None
+    warning: str = ""  # said whenever its training starts
     extract: Callable[["Run", Mesh, Callable[[], None]], None] | None = None  # the last one raises after a signal
     is_extracted: Callable[["Run"], bool] | None = None
     # (run, step, held-out figures) -> lines that are said behind an evaluation of the training, and by evaluate.py

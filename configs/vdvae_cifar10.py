@@ -54,6 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
     elif variant.startswith("table9"):
         left = int(variant.split("_")[1])
         config.model.layers, config.model.skips = (3, 4, 7, 11, left), (3, 4, 7, 7, left)
+        config.model.shared = (0, 0, 0, 1, 0)
     elif variant.startswith("cpu") or variant == "tiny":
         return _cpu(config, variant)
     return config
@@ -71,6 +72,7 @@ def _released() -> ConfigDict:
                 "strides": (1, 4, 2, 2, 2),
                 "layers": (3, 4, 7, 11, 22),
                 "skips": (3, 4, 7, 7, 12),
+                "shared": (0, 0, 0, 1, 1),
                 "blocks": (3, 4, 7, 7, 12),
                 "widths": (384,) * 5,
                 "bottlenecks": (0.25,) * 5,
@@ -130,6 +132,7 @@ def _cpu(config: ConfigDict, variant: str) -> ConfigDict:
         {
             "layers": (2, 3, 4, 4, 3),
             "skips": (2, 3, 4, 4, 3),
+            "shared": (),
             "blocks": (2, 3, 4, 4, 3),
             "widths": (128, 128, 64, 48, 24),
             "mixtures": 5,

@@ -63,7 +63,8 @@ def get_config(variant: str = "") -> ConfigDict:
 def _released() -> ConfigDict:
     config = cli.load_config("vdvae_cifar10:released")
     config.data.update({"name": LATER_BOX_SET, "evaluation_split": "validation"})
-    config.model.update({"layers": (6, 7, 19, 25, 16), "skips": (6, 7, 9, 10, 16), "blocks": (6, 7, 9, 10, 16)})
+    skips = (6, 7, 9, 10, 16)
+    config.model.update({"layers": (6, 7, 19, 25, 16), "skips": skips, "shared": (), "blocks": skips})
     config.model.widths = (512,) * 5
     config.optim.weight_decay = 0.0
     config.train.batch_size = 64

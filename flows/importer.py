@@ -2,19 +2,19 @@
 
 import dataclasses
 
-from bitsperdim import adopt, cli
+from bitsperdim import archives, cli
 from bitsperdim.adopt import Imported, Weights
 from bitsperdim.config import to_plain
 from flows import convert
 
 
-def imported(path: str, image_size: int) -> Imported:
-    """The config and weights of a state_dict of XuezheMax/macow, exported as .npz.
+def imported(path: str, image_size: int = 32) -> Imported:
+    """The config and weights of a state_dict of XuezheMax/macow.
 
     The weights do not say how many levels the images had: 32 (5 bits) from 128 pixels on, as in the published
     experiments, and 256 below. Raises InputError for other files.
     """
-    params, flow, noise = convert.model(convert.State(adopt.read_arrays(path)))
+    params, flow, noise = convert.model(convert.State(archives.read_arrays(path)))
     bits = 5 if image_size >= 128 else 8
     config = cli.load_config("flows_cifar10")
     # It is complete as it is; more steps go on from here.

@@ -5,7 +5,8 @@ Autoregressive Models and Can Outperform Them on Images.
 """
 
 from vdvae.config import Config
+from vdvae.importer import imported
 from vdvae.sampling import load
 from vdvae.stages import report, stages
 
-__all__ = ["Config", "load", "report", "stages"]
+__all__ = ["Config", "imported", "load", "report", "stages"]

@@ -14,7 +14,7 @@ from bitsperdim.sharding import MeshConfig
 from bitsperdim.step import TrainConfig
 
 PER_LEVEL = ("layers", "skips", "blocks", "widths", "bottlenecks", "kernels", "latents")
-OPTIONAL_PER_LEVEL = ("skip_widths", "cells")
+OPTIONAL_PER_LEVEL = ("skip_widths", "cells", "shared")
 BINS = ("normalised", "published_efficient", "published_vdvae")
 
 
@@ -24,7 +24,7 @@ class ModelConfig:
 
     strides: tuple[int, ...]  # each level's edge over that of the level before it; of the first 1
     layers: tuple[int, ...]  # top-down layers, each with latents; 0: the level has one block and no latents
-    skips: tuple[int, ...]  # of them, from the first, with a skip connection of their own; the rest use the last one
+    skips: tuple[int, ...]  # of them with a skip connection of their own; the rest follow the layer of `shared`
     blocks: tuple[int, ...]  # bottom-up blocks; 'vdvae' has one more before it pools
     widths: tuple[int, ...]
     bottlenecks: tuple[float, ...]  # width inside a residual cell over that of its input
@@ -32,6 +32,7 @@ class ModelConfig:
     latents: tuple[int, ...]  # channels of each layer's latents
     skip_widths: tuple[int, ...] = ()  # 'efficient'; (): the widths
     cells: tuple[int, ...] = ()  # 'efficient': residual cells in a block; (): one everywhere
+    shared: tuple[int, ...] = ()  # number of the skip connection that layers without one use; (): the first, 0
     style: str = "efficient"  # blocks of Efficient-VDVAE | 'vdvae'
     constants_up_to: int = 64  # 'vdvae': edge of the largest level with a learned constant
     scale_z_projection: bool = True  # initial kernels times 1 / sqrt(L); without it the first steps diverge
@@ -80,7 +81,7 @@ def _check_levels(config: ModelConfig) -> None:
         values = getattr(config, key)
         if len(values) != count and not (key in OPTIONAL_PER_LEVEL and not values):
             raise ValueError(f"{key} must have {count} elements as strides, not {values}")
-    for key in ("strides", "widths", "latents", *OPTIONAL_PER_LEVEL):
+    for key in ("strides", "widths", "latents", "skip_widths", "cells"):
         if min(getattr(config, key), default=1) < 1:
             raise ValueError(f"{key} must be at least 1, not {getattr(config, key)}")
     pairs = zip(config.strides[1:], config.widths, config.widths[1:], strict=False)
@@ -99,6 +100,9 @@ def _check_levels(config: ModelConfig) -> None:
             raise ValueError(f"blocks must be at least skips and 1 at each level, not {config.blocks}")
         if config.style == "vdvae" and (blocks < 0 or skips != 1):
             raise ValueError(f"skips must be 1 and blocks at least 0 at each level of style 'vdvae', not {skips}")
+    for shared, skips in zip(config.shared, config.skips, strict=False):
+        if not 0 <= shared < max(skips, 1):
+            raise ValueError(f"shared must lie below skips at each level, not {config.shared} of {config.skips}")
     for width, ratio in zip(config.widths, config.bottlenecks, strict=True):
         if not int(width * ratio) >= 1:
             raise ValueError(f"bottlenecks must leave a channel of {config.widths}, not {config.bottlenecks}")

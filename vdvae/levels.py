@@ -19,7 +19,8 @@ class Level(NamedTuple):
 
     stride: int  # its edge over that of the level before it
     layers: int
-    skips: int  # layers with a skip connection of their own; the rest use the last one
+    skips: int  # layers with a skip connection of their own
+    shared: int  # the number of the one that the other layers use, behind the layer that has it
     blocks: int  # bottom-up
     width: int
     bottleneck: float
@@ -30,6 +31,15 @@ class Level(NamedTuple):
     height: int
     columns: int  # width is taken
 
+    @property
+    def sharing(self) -> range:
+        """The layers that use the shared skip connection: one, where every layer has its own."""
+        return range(self.shared, self.shared + self.layers - self.skips + 1)
+
+    def skip_of(self, layer: int) -> int:
+        """The number of the skip connection that a layer uses."""
+        return self.shared if layer in self.sharing else layer - (layer > self.shared) * (self.layers - self.skips)
+
 
 def levels(config: ModelConfig, shape: tuple[int, int, int]) -> tuple[Level, ...]:
     """The levels for images of this shape (height, width, channels), deepest first."""
@@ -38,6 +48,7 @@ def levels(config: ModelConfig, shape: tuple[int, int, int]) -> tuple[Level, ...
     found, factor = [], 1
     skip_widths = config.skip_widths or config.widths
     cells = config.cells or (1,) * len(config.strides)
+    shared = config.shared or (0,) * len(config.strides)
     for i, stride in enumerate(config.strides):
         factor *= stride
         found.append(
@@ -45,6 +56,7 @@ def levels(config: ModelConfig, shape: tuple[int, int, int]) -> tuple[Level, ...
                 stride=stride,
                 layers=config.layers[i],
                 skips=config.skips[i],
+                shared=shared[i],
                 blocks=config.blocks[i],
                 width=config.widths[i],
                 bottleneck=config.bottlenecks[i],

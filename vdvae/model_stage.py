@@ -36,6 +36,17 @@ def stage(config: Config) -> Stage:
         optim=config.optim,
         settings=config.train,
         remarks=lambda run, step, figures: remarks(config.objective, step, figures),
+        warning=_warning(config),
+    )
+
+
+def _warning(config: Config) -> str:
+    parts, last = config.train.accumulation, config.objective.gamma_steps
+    if parts == 1 or not last:
+        return ""
+    return (
+        f"accumulation={parts}: up to update {last:,} the layers are balanced by their divergences over each micro-batch "
+        f"of {config.train.batch_size // parts}, not over the whole batch; objective.gamma_steps=0 balances nothing"
     )
 
 

@@ -159,16 +159,20 @@ def _descend(
 ) -> tuple[Array, list[PyTree]]:
     """The layers of a level, in runs of those that are alike: the same kinds of source, and a skip connection each of
     their own, or all the same one."""
-    own = level.skips if level.skips == level.layers else level.skips - 1
+    is_shared = lambda layer: len(level.sharing) > 1 and layer in level.sharing
     kept: list[PyTree] = []
     first = 0
     while first < level.layers:
         needs_skip = _needs_posterior(sources[first])
         last = first + 1
-        while last < level.layers and _alike(sources[first], sources[last]) and (not needs_skip or last != own):
+        while last < level.layers and _alike(sources[first], sources[last]):
+            if needs_skip and is_shared(first) != is_shared(last):
+                break
             last += 1
-        shared = skips[-1] if needs_skip and skips and first >= own else None
-        each = skips[first:last] if needs_skip and skips and first < own else None
+        shared = skips[level.shared] if needs_skip and skips and is_shared(first) else None
+        each = None
+        if needs_skip and skips and shared is None:
+            each = [skips[level.skip_of(layer)] for layer in range(first, last)]
 
         def step(y: Array, inputs: tuple[Params, tuple[Source, Array | None]], shared=shared) -> tuple[Array, PyTree]:
             of_layer, (source, skip) = inputs

@@ -6,7 +6,7 @@ What its tensors are is known to `convert.py`.
 import jax
 from jaxtyping import PyTree
 
-from bitsperdim import adopt, cli
+from bitsperdim import archives, cli
 from bitsperdim.adopt import Imported, Weights
 from bitsperdim.errors import InputError
 from vqvae2 import convert
@@ -17,13 +17,13 @@ STRIDES = (4, 2)
 RANGE = 127.5 / 128.0
 
 
-def imported(path: str, image_size: int) -> Imported:
-    """The config and weights of a state_dict of rosinality/vq-vae-2-pytorch, exported as .npz.
+def imported(path: str, image_size: int = 32) -> Imported:
+    """The config and weights of a state_dict of rosinality/vq-vae-2-pytorch.
 
     The config is `vqvae2_folder` with the sizes of the file, in float32; the loss and its learning rate, for training
     further, are the port's: no division by the variance. The priors are ours. Raises InputError for other files.
     """
-    state = adopt.read_arrays(path)
+    state = archives.read_arrays(path)
     sizes = convert.sizes_from_torch(state)
     if image_size % (STRIDES[0] * STRIDES[1]):
         raise InputError(f"--image_size must be divisible by {STRIDES[0] * STRIDES[1]}, not {image_size}")

@@ -135,7 +135,7 @@ def test_what_fails_after_the_file_is_read_leaves_no_half_run(state, tmp_path, m
     with pytest.raises(SystemExit) as ended:
         cli.convert()
     assert ended.value.code == 2
-    monkeypatch.setattr(adopt.state_lib, "create", killed)
+    monkeypatch.setattr(adopt.trainer, "checkpoints_of", killed)
     monkeypatch.setattr("sys.argv", ["convert.py", *flags, "--image_size=8"])
     with pytest.raises(KeyboardInterrupt):
         cli.convert()

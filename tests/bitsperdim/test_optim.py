@@ -46,6 +46,21 @@ def test_adamax_follows_the_recorded_trajectory(adamax_case):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), got, expected)
 
 
+def test_adamax_keeps_the_recorded_moments(adamax_case, golden):
+    start, gradients, _ = adamax_case
+    arrays = golden("vdvae/adamax_trajectory")
+    config = OptimConfig(name="adamax", learning_rate=float(arrays["wd0/lr"]))
+    assert (config.b1, config.b2, config.eps) == pytest.approx((*arrays["betas"], float(arrays["eps"])))
+    optimizer = optim.optimizer(config, steps=10)
+    state = optimizer.init(start)
+    for gradient in gradients:
+        _, state = optimizer.update(gradient, state, start)
+    for ours, theirs in (("mu", "exp_avg_final"), ("nu", "exp_inf_final")):
+        for i in range(4):
+            found = optax.tree.get(state, ours)[f"layer_{i}"]["kernel"]
+            np.testing.assert_allclose(found, arrays[f"wd0/{theirs}/{i}"], rtol=1e-6, atol=1e-9)
+
+
 def test_adamax_decay_is_decoupled_from_the_moments(adamax_case):
     # The gradients are given, so with decoupled decay p' = p + (recorded step without decay) - lr wd p.
     start, gradients, after = adamax_case

@@ -3,6 +3,7 @@
 import json
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
@@ -29,7 +30,17 @@ class Golden(NamedTuple):
 
     def converted(self, prefix):
         from_torch = {"efficient": convert.efficient_from_torch, "vdvae": convert.baseline_from_torch}
-        return from_torch[self.model.config.style](self.tensors(prefix), self.model.net.levels)
+        return from_torch[self.model.config.style](self.tensors(prefix), self.model.net)
+
+    def compare_norms(self, found, recorded, limit=1e-3):
+        """The norm of each tensor of the file; here those of like layers are stacked."""
+        filled = {f"norm/{name}": np.full_like(tensor, recorded[name]) for name, tensor in self.tensors("param/").items()}
+        expected = jax.tree.leaves(self._replace(arrays=filled).converted("norm/"))
+        for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(found), expected, strict=True):
+            is_stacked = any(getattr(part, "key", "") in ("layers", "blocks", "skips") for part in path)
+            ours, theirs = (np.reshape(leaf, (len(leaf) if is_stacked else 1, -1)) for leaf in (ours, theirs))
+            where = jax.tree_util.keystr(path)
+            np.testing.assert_allclose(np.linalg.norm(ours, axis=1), theirs[:, 0], rtol=limit, atol=1e-9, err_msg=where)
 
 
 def efficient_config(**changes):

@@ -17,7 +17,7 @@ HIERARCHY = {name: (1,) for name in ("strides", "layers", "skips", "blocks", "wi
 PUBLISHED = (
     *("openai_8bit", "openai_5bit", "ev_std_ln2_unbounded_8bit", "ev_std_ln2_bound-3_8bit"),
     *("ev_std_ln2_bound-14_5bit", "ev_std_0.4_unbounded_8bit", "ev_logstd_1.0_bound-7_8bit"),
-    "ev_logstd_1.0_unbounded_8bit",
+    *("ev_logstd_1.0_unbounded_8bit", "ev_logstd_ln2_bound-7_5bit"),
 )
 
 
@@ -30,6 +30,7 @@ def published_config(arrays, name):
         exponential = {"output_scale": "log_std", "output_beta": 1.0, "min_log_scale": -7.0}
         return config(bins="published_vdvae", **exponential), 5 if "5bit" in name else 8
     variant = json.loads(str(arrays["variants_json"]))[name]
+    assert np.exp(variant["mn"]) == pytest.approx(float(arrays[f"{name}/scale_bound_exp"]))
     scale = {"output_scale": {"std": "std", "logstd": "log_std"}[variant["b"]], "output_beta": variant["beta"]}
     return config(bins="published_efficient", min_log_scale=variant["mn"], **scale), int(variant["bits"])
 
@@ -54,6 +55,32 @@ def test_the_published_likelihoods_and_their_gradients(golden, name):
     key = f"{name}/grad_logits_of_sum" + ("_nhwc" if name.startswith("ev") else "")
     # The recorded one is of the mean over dimensions.
     assert np.linalg.norm(gradient / dims - arrays[key]) < 2e-3 * np.linalg.norm(arrays[key])
+
+
+def test_every_recorded_likelihood_is_compared(golden):
+    recorded = {name.partition("/")[0] for name in golden("vdvae/mol_logprob") if name.startswith(("ev_", "openai_"))}
+    assert recorded == set(PUBLISHED)
+
+
+def test_outputs_are_read_as_the_parameters_that_they_were_made_of(golden):
+    arrays = golden("vdvae/mol_logprob")
+    mixture = distributions.logistic_mixture(arrays["logits_nhwc"], 3, lambda u: u)
+    np.testing.assert_allclose(mixture.log_weights, jax.nn.log_softmax(arrays["raw/mix_logits_bhwm"]), atol=1e-6)
+    np.testing.assert_array_equal(mixture.means, arrays["raw/means_bhwcm"])
+    np.testing.assert_array_equal(mixture.log_scales, arrays["raw/scale_pre_bhwcm"])
+    np.testing.assert_allclose(mixture.coefs, np.tanh(arrays["raw/coeff_pre_bhwcm"]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["openai_8bit", "openai_5bit"])
+def test_in_double_precision_the_published_likelihoods_are_exact(golden, name):
+    arrays = golden("vdvae/mol_logprob")
+    settings, bits = published_config(arrays, name)
+    with jax.enable_x64(True):
+        output = outputs.make(settings, 3, 2**bits)
+        x = (arrays["images_uint8_nhwc"] >> (8 - bits)).astype(np.int32)
+        found = np.asarray(output.nats(arrays["logits_nhwc"].astype(np.float64), x)) / (8 * 8 * 3)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, arrays[f"{name}/f64_nll_nats_per_dim_per_image"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("bins, bits", [("normalised", 8), ("normalised", 5), ("normalised", 2)])
@@ -88,7 +115,7 @@ ADVERSARIAL = {  # outputs for scale and mean
 
 @pytest.mark.parametrize("kind", ADVERSARIAL)
 @pytest.mark.parametrize("scale", ["std", "log_std"])
-@pytest.mark.parametrize("channels, bits", [(1, 2), (1, 5), (1, 8), (3, 2), (2, 3)])
+@pytest.mark.parametrize("channels, bits", [*((1, bits) for bits in range(2, 9)), (3, 2), (3, 3), (3, 4), (2, 3)])
 def test_probabilities_of_all_images_of_one_pixel_sum_to_one(channels, bits, scale, kind):
     output = outputs.make(config(output_scale=scale, mixtures=2), channels, 2**bits)
     u, mean = ADVERSARIAL[kind]

@@ -17,6 +17,16 @@ from vdvae.network import Source
 NUM_STEPS = 4
 
 
+OTHERS = ("evdvae_bounded_5bit_std", "evdvae_mnist_bernoulli")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_networks_draw_and_mix_as_published_too(load_efficient, name):
+    test_samples_from_the_prior_are_the_published_ones(load_efficient(name))
+    test_known_and_free_latents_mix_as_published(load_efficient(name))
+
+
 def test_samples_from_the_prior_are_the_published_ones(efficient):
     arrays, model = efficient.arrays, efficient.model
     temperatures = coding.by_layer(model, arrays["prior_sample/temperatures_per_level"].tolist())
@@ -24,12 +34,16 @@ def test_samples_from_the_prior_are_the_published_ones(efficient):
     sources = [Source(prior_noise=eps, temperature=np.float32(t)) for eps, t in zip(noise, temperatures, strict=True)]
     generate = jax.jit(lambda params: vae.generate(model, params, sources, lambda draw: draw.z))
     raw, z = generate(efficient.params)
-    np.testing.assert_allclose(raw, np.moveaxis(arrays["prior_sample/logits_nchw"], 1, -1), rtol=1e-4, atol=1e-4)
+    top, left = levels.margins(model.config, model.facts.shape)
+    expected = np.moveaxis(arrays["prior_sample/logits_nchw"], 1, -1)[:, top : 32 - top, left : 32 - left]
+    np.testing.assert_allclose(raw, expected, rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(z, efficient.layers("prior_sample/z"), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    if model.facts.levels == 2:
+        return
     uniforms = [np.moveaxis(arrays[f"prior_sample/{name}_uniform"], 1, -1) for name in ("mixture", "logistic")]
     mixture = distributions.logistic_mixture(raw, 3, outputs.log_scale(model.config))
-    image = distributions.sample_mixture(mixture, *uniforms, outputs.bins(model.config, 256), rounds=False)
+    image = distributions.sample_mixture(mixture, *uniforms, outputs.bins(model.config, model.facts.levels), rounds=False)
     np.testing.assert_allclose(image, np.moveaxis(arrays["prior_sample/image_nchw"], 1, -1), atol=2e-5)
 
 
@@ -82,6 +96,8 @@ def test_four_steps_of_training_are_the_published_ones(efficient, golden):
         np.testing.assert_allclose(report.figures["objective"][0], expected[f"step{number}/loss"], rtol=1e-4)
         norm = report.figures["gradient_norm"][0]
         np.testing.assert_allclose(norm, expected[f"step{number}/grad_global_norm"], rtol=1e-4)
+        recorded = dict(zip(efficient.arrays["param_order"], expected[f"step{number}/param_l2"], strict=True))
+        efficient.compare_norms(jax.device_get(state["params"]), recorded)
     assert_close_but_for_signs(state["params"], efficient._replace(arrays=expected).converted("param_after4/"), 1e-4)
     assert_close_but_for_signs(state["ema"], efficient._replace(arrays=expected).converted("ema_after4/"), 1e-6)
 
