@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bitsperdim.batch_norm import update_running
-from vqvae2.conditioning import ConditioningStack
+from vqvae2.conditioning import Conditioner, ConditioningStack
 from vqvae2.runs import Manner
 
 # The golden names of the runs of blocks.
@@ -93,6 +93,18 @@ def test_group_normalisation_leaves_no_state_and_no_trace_of_the_batch(random_va
     assert set(variables) == {"params"}
     apply = jax.jit(stack.apply)
     np.testing.assert_allclose(apply(variables, x)[1], apply(variables, x.at[::2].add(3.0))[1], atol=1e-5)
+
+
+def test_a_coarser_code_stands_over_its_own_cells_and_no_others(random_variables):
+    """One of four top codes over a grid of 8x8: its quarter, and what a 3x3 convolution reaches of it."""
+    conditioner = Conditioner(6, 4, ConditioningStack(1, (8,), (4,), "none"), octaves=0)
+    top, middle = jnp.zeros((1, 2, 2), int), jnp.zeros((1, 8, 8), int)
+    variables = random_variables(conditioner, (top, middle))
+    apply = jax.jit(lambda top: conditioner.apply(variables, (top, middle)))
+    effect = np.abs(apply(top.at[0, 1, 0].set(3)) - apply(top))[0].max(-1)
+    quarter, reach = np.zeros((2, 8, 8), bool)
+    quarter[4:, :4], reach[3:, :5] = True, True
+    assert (effect[quarter] > 0).all() and not effect[~reach].any()
 
 
 def test_a_grid_that_cannot_be_halved_is_refused():

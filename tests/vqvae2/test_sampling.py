@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitsperdim import rng
+from bitsperdim import cli, rng, sharding
+from bitsperdim import run as run_lib
+from vqvae2 import chain as chain_lib
 from vqvae2 import sampling
 
 NUM_CODES = 3
@@ -43,6 +45,25 @@ def test_a_sample_does_not_depend_on_its_batch():
 def test_noise_differs_between_positions():
     noise = sampling.gumbel_noise(jax.random.key(1), jnp.arange(2), NUM_CODES)
     assert jnp.abs(noise(jnp.int32(0)) - noise(jnp.int32(1))).min() > 1e-3
+
+
+def test_noise_differs_between_levels(tmp_path):
+    """Under weights of zero a code is where the largest of its noise is, whatever the level."""
+    run = run_lib.check(tmp_path, cli.load_config("vqvae2_photos:tiny"))
+    facts = {"shape": [16, 16, 3], "levels": 256, "num_classes": 0, "variance": 0.3}
+    run_lib.write_json(run.folder("autoencoder") / "data.json", facts)
+    mesh, drawn = sharding.make_mesh(run.config.mesh), {}
+    for level, grid in chain_lib.grids(run).items():
+        zero = jax.tree.map(
+            lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(run.stage(level).model(run).init, jax.random.key(0)),
+        )
+        above = (np.zeros((8, 2, 2), np.int32),) if level == "bottom" else ()
+        codes, _ = chain_lib.draw(run, level, mesh)(*zero, jax.random.key(3), jnp.arange(8), above, None, 1.0)
+        assert codes.shape == (8, *grid)
+        drawn[level] = np.asarray(codes).reshape(8, -1)[:, :4]
+    assert (drawn["top"] != drawn["bottom"]).mean() > 0.7
+    assert len(np.unique(drawn["top"])) > 8
 
 
 def test_noise_is_that_of_predictive_sampling_with_its_long_tail():
