@@ -115,10 +115,8 @@ def _prior(params: Params, y: Array, latent: int, arithmetic: Arithmetic) -> tup
 
 
 def _posterior(params: Params, y: Array, skip: Array, latent: int, arithmetic: Arithmetic) -> list[Array]:
-    inside, last = (
-        layers.cell_before_last(params["posterior"], (y, skip), gelu, arithmetic),
-        params["posterior"]["conv_3"],
-    )
+    net, last = params["posterior"], params["posterior"]["conv_3"]
+    inside = layers.cell_before_last(net, (y, skip), gelu, arithmetic)
     sizes = (latent,) * (last["bias"].shape[-1] // latent)
     return layers.conv_into_parts(last, inside, sizes, layers.at_least_float32(arithmetic), gelu)
 

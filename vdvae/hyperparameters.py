@@ -1,8 +1,8 @@
 """Configs of released checkpoints, from the hyper-parameters that are saved beside them.
 
-Efficient-VDVAE saves `logs-RUN/hparams-RUN.cfg`: sections of Python literals such as `[48] * 11 + [96]`. VDVAE's log, in
-lines of JSON, begins with its hyper-parameters. Keys that change what is computed are read or must have the value that
-all released ones have; an unknown one is refused by name. Not here: the arrays (`convert.py`).
+Efficient-VDVAE saves `logs-RUN/hparams-RUN.cfg`: sections of Python literals such as `[48] * 11 + [96]`. VDVAE's log,
+in lines of JSON, begins with its hyper-parameters. Keys that change what is computed are read or must have the value
+that all released ones have; an unknown one is refused by name. Not here: the arrays (`convert.py`).
 """
 
 import ast
@@ -263,9 +263,10 @@ def _set_optimizer(config: ConfigDict, values: Values, path: pathlib.Path, weigh
 def read_log(path: pathlib.Path) -> tuple[Values, int]:
     """The hyper-parameters of a VDVAE run and its last step, from its log. Raises InputError where some are missing."""
     found: Values = {}
-    step = 0
+    step = number = 0
     try:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for line in path.read_text().splitlines():
+            number += 1
             entry = json.loads(line)
             if entry.get("type") == "hparam":
                 found[entry["key"]] = entry["value"]

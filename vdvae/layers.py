@@ -141,9 +141,9 @@ def conv_of_parts(
     activation: Callable[[Array], Array],
     arithmetic: Arithmetic,
 ) -> Float[Array, "b h w o"]:
-    """A 1x1 convolution of activated parts that are not joined first. As of `conv_into_parts`, the arrays that are split
-    are the kernels: XLA's CPU backend computes what stands before or behind a concatenation once for each element, ten
-    times slower, and a concatenation takes memory everywhere."""
+    """A 1x1 convolution of activated parts that are not joined first. As of `conv_into_parts`, the arrays that are
+    split are the kernels: XLA's CPU backend computes what stands before or behind a concatenation once for each
+    element, ten times slower, and a concatenation takes memory everywhere."""
     bounds = np.cumsum([part.shape[-1] for part in parts])[:-1]
     kernels = jnp.split(params["kernel"], bounds, axis=2)
     none = jnp.zeros_like(params["bias"])
