@@ -38,8 +38,8 @@ def _warning(config: Config) -> str:
         return ""
     return (
         f"accumulation={parts}: up to update {last:,} the layers are balanced by their divergences over each "
-        f"micro-batch of {config.train.batch_size // parts}, not over the whole batch; objective.gamma_steps=0 balances "
-        "nothing"
+        f"micro-batch of {config.train.batch_size // parts}, not over the whole batch; objective.gamma_steps=0 "
+        "balances nothing"
     )
 
 
