@@ -4,10 +4,10 @@
     python benchmarks/vdvae_sizes.py --configs vdvae_cifar10:c1          with the memory of its compiled step, minutes
 
 A JSON line a case, then all as a table. Nothing is trained or allocated: parameters are counted from their table, and
-memory is that of the program compiled from shapes for one device of the CPU, with layers in a loop as on an accelerator
-and float32 instead of bfloat16. `published_gb` is of all devices together, as far as the paper says; `published_ratio` is
-that of VDVAE over it, and `ratio` ours, where `:vdvae` of the same file is among the cases: both for the batch of each
-config, whatever its size. XLA's CPU backend undoes rematerialisation outside loops.
+memory is that of the program compiled from shapes for one device of the CPU, with layers in a loop as on an
+accelerator and float32 instead of bfloat16. `published_gb` is of all devices together, as far as the paper says;
+`published_ratio` is that of VDVAE over it, and `ratio` ours, where `:vdvae` of the same file is among the cases: both
+for the batch of each config, whatever its size. XLA's CPU backend undoes rematerialisation outside loops.
 """
 
 import argparse

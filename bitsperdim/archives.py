@@ -23,7 +23,7 @@ PARALLEL = "module."  # what DataParallel puts before every name
 
 
 def read(path: str | os.PathLike[str]) -> dict[Any, Any]:
-    """What is in a file, in dicts and lists, its arrays as numpy. Raises InputError for other files and damaged ones."""
+    """What is in a file, in dicts and lists, its arrays as numpy. Raises InputError for damaged and other files."""
     path = pathlib.Path(path)
     if path.suffix == ".npz":
         return _read_npz(path)

@@ -107,17 +107,18 @@ def _enter(params: Params, y: Array, levels: Levels, i: int, arithmetic: Arithme
 
 def _prior(params: Params, y: Array, latent: int, arithmetic: Arithmetic) -> tuple[list[Array], Array]:
     """The numbers of the distribution come first, the rest is the deterministic residual."""
-    inside, last = layers.cell_inside(params["prior"], (y,), gelu, arithmetic), params["prior"]["conv_3"]
+    inside, last = layers.cell_before_last(params["prior"], (y,), gelu, arithmetic), params["prior"]["conv_3"]
     count = (last["bias"].shape[-1] - y.shape[-1]) // latent
     sizes = (latent,) * count + (y.shape[-1],)
-    *numbers, residual = layers.conv_into_parts(last, inside, sizes, layers.at_least_float32(arithmetic))
+    *numbers, residual = layers.conv_into_parts(last, inside, sizes, layers.at_least_float32(arithmetic), gelu)
     return numbers, residual.astype(arithmetic.dtype)
 
 
 def _posterior(params: Params, y: Array, skip: Array, latent: int, arithmetic: Arithmetic) -> list[Array]:
-    inside, last = layers.cell_inside(params["posterior"], (y, skip), gelu, arithmetic), params["posterior"]["conv_3"]
+    net, last = params["posterior"], params["posterior"]["conv_3"]
+    inside = layers.cell_before_last(net, (y, skip), gelu, arithmetic)
     sizes = (latent,) * (last["bias"].shape[-1] // latent)
-    return layers.conv_into_parts(last, inside, sizes, layers.at_least_float32(arithmetic))
+    return layers.conv_into_parts(last, inside, sizes, layers.at_least_float32(arithmetic), gelu)
 
 
 def _write(ends: Params, y: Array, arithmetic: Arithmetic) -> Array:

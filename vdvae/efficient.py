@@ -115,14 +115,14 @@ def _enter(params: Params, y: Array, levels: Levels, i: int, arithmetic: Arithme
 
 def _prior(params: Params, y: Array, latent: int, arithmetic: Arithmetic) -> tuple[list[Array], Array]:
     """One half of the net's output is the deterministic residual, the other goes into the head."""
-    inside, width = layers.cell_inside(params["prior"], (y,), jax.nn.silu, arithmetic), y.shape[-1]
-    residual, features = layers.conv_into_parts(params["prior"]["conv_3"], inside, (width, width), arithmetic)
+    inside, sizes = layers.cell_before_last(params["prior"], (y,), jax.nn.silu, arithmetic), (y.shape[-1],) * 2
+    residual, features = layers.conv_into_parts(params["prior"]["conv_3"], inside, sizes, arithmetic, jax.nn.silu)
     return _head(params["prior_projection"], features, latent, arithmetic), residual
 
 
 def _posterior(params: Params, y: Array, skip: Array, latent: int, arithmetic: Arithmetic) -> list[Array]:
-    inside = layers.cell_inside(params["posterior"], (y, skip), jax.nn.silu, arithmetic)
-    features = layers.conv(params["posterior"]["conv_3"], inside, arithmetic)
+    inside = layers.cell_before_last(params["posterior"], (y, skip), jax.nn.silu, arithmetic)
+    features = layers.activated_conv(params["posterior"]["conv_3"], inside, jax.nn.silu, arithmetic)
     return _head(params["posterior_projection"], features, latent, arithmetic)
 
 

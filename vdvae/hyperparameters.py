@@ -1,8 +1,8 @@
 """Configs of released checkpoints, from the hyper-parameters that are saved beside them.
 
-Efficient-VDVAE saves `logs-RUN/hparams-RUN.cfg`: sections of Python literals such as `[48] * 11 + [96]`. VDVAE's log, in
-lines of JSON, begins with its hyper-parameters. Keys that change what is computed are read or must have the value that
-all released ones have; an unknown one is refused by name. Not here: the arrays (`convert.py`).
+Efficient-VDVAE saves `logs-RUN/hparams-RUN.cfg`: sections of Python literals such as `[48] * 11 + [96]`. VDVAE's log,
+in lines of JSON, begins with its hyper-parameters. Keys that change what is computed are read or must have the value
+that all released ones have; an unknown one is refused by name. Not here: the arrays (`convert.py`).
 """
 
 import ast
@@ -44,6 +44,15 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "model.output_kernel_size": ((1, 1), [1, 1], 1),
     "loss.scaled_gamma": (True,),
 }
+WORDS = (
+    *("data.dataset_source", "model.distribution_base", "model.output_distribution_base", "loss.variation_schedule"),
+    *("optimizer.type", "optimizer.learning_rate_scheme"),
+)
+SWITCHES = (
+    *("data.random_horizontal_flip", "model.stable_init", "model.initialize_prior_weights_as_zero"),
+    *("model.use_residual_distribution", "loss.use_gamma_schedule", "loss.use_weight_decay"),
+    *("optimizer.clip_gradient_norm", "optimizer.gradient_skip"),
+)
 OF_CELLS = ("model.up_n_layers", "model.down_n_layers")  # 2 throughout
 # Of no effect on the model or its training here: places, machines, other schedules, and how often something is done.
 UNUSED = (
@@ -59,6 +68,7 @@ OF_BASELINE = (
     *("no_bias_above", "num_mixtures", "n_batch", "mpi_size", "ema_rate", "grad_clip", "skip_threshold", "lr", "wd"),
     *("adam_beta1", "adam_beta2", "warmup_iters"),
 )
+WORDS_OF_BASELINE = ("dataset", "dec_blocks", "enc_blocks", "custom_width_str")
 
 
 def read_cfg(path: pathlib.Path) -> Values:
@@ -81,6 +91,9 @@ def read_cfg(path: pathlib.Path) -> Values:
         raise InputError(f"{path} has the unknown hyper-parameter '{unknown[0]}'; what it changes is not known here")
     if missing := [key for key in (*READ, *FIXED, *OF_CELLS) if key not in found]:
         raise InputError(f"{path} lacks the hyper-parameter '{missing[0]}'")
+    for key in READ:
+        if not _is_of_kind(key, found[key]):
+            raise InputError(f"{path}: '{key}' is {found[key]!r}, which is not of its kind")
     expected = FIXED | {key: ([2] * len(found[key]),) for key in OF_CELLS if isinstance(found[key], list)}
     for key, values in expected.items():
         if found[key] not in values:
@@ -88,6 +101,20 @@ def read_cfg(path: pathlib.Path) -> Values:
                 f"{path}: '{key}' is {found[key]!r}; only {values[0]!r}, as in all released runs, is known"
             )
     return found
+
+
+def _is_of_kind(key: str, value: Any) -> bool:
+    if key in WORDS:
+        return value is None or isinstance(value, str)
+    if key in SWITCHES:
+        return isinstance(value, bool)
+    if key.startswith(("model.up_", "model.down_")):
+        return isinstance(value, list) and value != [] and all(map(_is_number, value))
+    return _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _literal(text: str, key: str, path: pathlib.Path) -> Any:
@@ -170,7 +197,7 @@ def _hierarchy(values: Values, path: pathlib.Path) -> Values:
     count = len(values["model.down_strides"])
     names = [key for key in READ if key.startswith(("model.up_", "model.down_"))]
     for name in names:
-        if not isinstance(values[name], list) or len(values[name]) != count:
+        if len(values[name]) != count:
             raise InputError(f"{path}: '{name}' must be a list of {count} values as 'model.down_strides'")
     down = lambda key: values[f"model.down_{key}"]
     up = lambda key: values[f"model.up_{key}"][::-1]
@@ -263,9 +290,10 @@ def _set_optimizer(config: ConfigDict, values: Values, path: pathlib.Path, weigh
 def read_log(path: pathlib.Path) -> tuple[Values, int]:
     """The hyper-parameters of a VDVAE run and its last step, from its log. Raises InputError where some are missing."""
     found: Values = {}
-    step = 0
+    step = number = 0
     try:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for line in path.read_text().splitlines():
+            number += 1
             entry = json.loads(line)
             if entry.get("type") == "hparam":
                 found[entry["key"]] = entry["value"]
@@ -277,6 +305,9 @@ def read_log(path: pathlib.Path) -> tuple[Values, int]:
         raise InputError(f"{path} is no log of VDVAE: line {number} ({error})") from error
     if missing := [key for key in OF_BASELINE if key not in found]:
         raise InputError(f"{path} lacks the hyper-parameter '{missing[0]}'")
+    for key in OF_BASELINE:
+        if not (isinstance(found[key], str) if key in WORDS_OF_BASELINE else _is_number(found[key])):
+            raise InputError(f"{path}: '{key}' is {found[key]!r}, which is not of its kind")
     return found, step
 
 
@@ -293,7 +324,7 @@ def baseline(values: Values, path: pathlib.Path) -> ConfigDict:
         raise InputError(f"{path}: 'dataset' is {values['dataset']!r}; known are {', '.join(names)}")
     config = cli.load_config(f"{names[values['dataset']]}:vdvae")
     try:
-        pairs = [part.split(":") for part in (values["custom_width_str"] or "").split(",") if part]
+        pairs = [part.split(":") for part in values["custom_width_str"].split(",") if part]
         widths = {int(edge): int(width) for edge, width in pairs}
     except ValueError as error:
         raise InputError(

@@ -108,46 +108,64 @@ def cell(
     arithmetic: Arithmetic,
 ) -> Float[Array, "b h w o"]:
     """Activation and convolution, four times: 1x1, k x k, k x k, 1x1."""
-    return conv(params["conv_3"], cell_inside(params, (x,), activation, arithmetic), arithmetic)
+    return activated_conv(
+        params["conv_3"], cell_before_last(params, (x,), activation, arithmetic), activation, arithmetic
+    )
 
 
-def cell_inside(
+def cell_before_last(
     params: Params,
     parts: Sequence[Float[Array, "b h w _"]],
     activation: Callable[[Array], Array],
     arithmetic: Arithmetic,
 ) -> Float[Array, "b h w m"]:
-    """What the last convolution of a cell sees, where the channels of its input come in `parts`."""
-    x = conv_of_parts(params["conv_0"], [activation(part) for part in parts], arithmetic)
+    """What the last activation of a cell sees, where the channels of its input come in `parts`."""
+    x = conv_of_parts(params["conv_0"], parts, activation, arithmetic)
     for name in ("conv_1", "conv_2"):
-        x = conv(params[name], activation(x), arithmetic)
-    return activation(x)
+        x = activated_conv(params[name], x, activation, arithmetic)
+    return x
+
+
+def activated_conv(
+    params: Params, x: Float[Array, "b h w i"], activation: Callable[[Array], Array], arithmetic: Arithmetic
+) -> Float[Array, "b h w o"]:
+    """The convolution of the activation of x. Of both the backward pass keeps x alone, and makes the activation again:
+    else a loop over layers would keep four arrays for each, most of the memory of a training step."""
+    function = lambda params, x: conv(params, activation(x), arithmetic)
+    return jax.checkpoint(function, prevent_cse=False)(params, x)
 
 
 def conv_of_parts(
-    params: Params, parts: Sequence[Float[Array, "b h w _"]], arithmetic: Arithmetic
+    params: Params,
+    parts: Sequence[Float[Array, "b h w _"]],
+    activation: Callable[[Array], Array],
+    arithmetic: Arithmetic,
 ) -> Float[Array, "b h w o"]:
-    """A 1x1 convolution of parts that are not joined first. As of `conv_into_parts`, the arrays that are split are the
-    kernels: XLA's CPU backend computes what stands before or behind a concatenation once for each element, ten times
-    slower, and a concatenation takes memory everywhere."""
+    """A 1x1 convolution of activated parts that are not joined first. As of `conv_into_parts`, the arrays that are
+    split are the kernels: XLA's CPU backend computes what stands before or behind a concatenation once for each
+    element, ten times slower, and a concatenation takes memory everywhere."""
     bounds = np.cumsum([part.shape[-1] for part in parts])[:-1]
     kernels = jnp.split(params["kernel"], bounds, axis=2)
     none = jnp.zeros_like(params["bias"])
     biases = [params["bias"], *[none] * (len(parts) - 1)]
     return sum(
-        conv({"kernel": kernel, "bias": bias}, part, arithmetic)
+        activated_conv({"kernel": kernel, "bias": bias}, part, activation, arithmetic)
         for kernel, bias, part in zip(kernels, biases, parts, strict=True)
     )  # pyright: ignore
 
 
 def conv_into_parts(
-    params: Params, x: Float[Array, "b h w i"], sizes: Sequence[int], arithmetic: Arithmetic
+    params: Params,
+    x: Float[Array, "b h w i"],
+    sizes: Sequence[int],
+    arithmetic: Arithmetic,
+    activation: Callable[[Array], Array] = lambda x: x,
 ) -> list[Float[Array, "b h w _"]]:
     """A 1x1 convolution whose outputs come in parts of these sizes."""
     bounds = np.cumsum(sizes)[:-1]
     kernels, biases = (jnp.split(params[name], bounds, axis=-1) for name in ("kernel", "bias"))
     of_parts = zip(kernels, biases, strict=True)
-    return [conv({"kernel": kernel, "bias": bias}, x, arithmetic) for kernel, bias in of_parts]
+    return [activated_conv({"kernel": kernel, "bias": bias}, x, activation, arithmetic) for kernel, bias in of_parts]
 
 
 def upsampled(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b h*f w*f c"]:

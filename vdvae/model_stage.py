@@ -45,8 +45,9 @@ def _warning(config: Config) -> str:
     if parts == 1 or not last:
         return ""
     return (
-        f"accumulation={parts}: up to update {last:,} the layers are balanced by their divergences over each micro-batch "
-        f"of {config.train.batch_size // parts}, not over the whole batch; objective.gamma_steps=0 balances nothing"
+        f"accumulation={parts}: up to update {last:,} the layers are balanced by their divergences over each "
+        f"micro-batch of {config.train.batch_size // parts}, not over the whole batch; objective.gamma_steps=0 "
+        "balances nothing"
     )
 
 

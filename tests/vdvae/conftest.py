@@ -34,7 +34,9 @@ class Golden(NamedTuple):
 
     def compare_norms(self, found, recorded, limit=1e-3):
         """The norm of each tensor of the file; here those of like layers are stacked."""
-        filled = {f"norm/{name}": np.full_like(tensor, recorded[name]) for name, tensor in self.tensors("param/").items()}
+        filled = {
+            f"norm/{name}": np.full_like(tensor, recorded[name]) for name, tensor in self.tensors("param/").items()
+        }
         expected = jax.tree.leaves(self._replace(arrays=filled).converted("norm/"))
         for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(found), expected, strict=True):
             is_stacked = any(getattr(part, "key", "") in ("layers", "blocks", "skips") for part in path)

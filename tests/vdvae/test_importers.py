@@ -260,6 +260,8 @@ SPOILED = {  # of the hyper-parameters, and of the tensors
     "no literal": ({"up_filters": "open('x')"}, "'model.up_filters' is no value"),
     "endless": ({"up_filters": "[1] * 10 ** 9"}, "'model.up_filters' is no value"),
     "too long": ({"up_filters": "[1] * 1000000"}, "'model.up_filters' is no value"),
+    "a word": ({"learning_rate": "'high'"}, "'optimizer.learning_rate' is 'high', which is not of its kind"),
+    "no list": ({"down_strides": "4"}, "'model.down_strides' is 4, which is not of its kind"),
     "other cells": ({"up_n_layers": "[3] * 4"}, r"'model.up_n_layers' is \[3, 3, 3, 3\]; only"),
     "uneven": ({"down_filters": "[24, 16, 12]"}, "'model.down_filters' must be a list of 4"),
     "asymmetric": ({"up_kernel_size": "[3, 3, 1, 1]"}, "'model.up_kernel_size' must be the reverse"),

@@ -351,3 +351,12 @@ def test_a_deep_hierarchy_starts_tame_only_with_scaled_projections_of_z():
     (other, other_norm) = norms_at_start(True, False)
     assert wild_norm > 10 * max(tame_norm, other_norm)
     assert wild > 2 * max(tame, other)
+
+
+def test_balancing_over_micro_batches_is_warned_of():
+    config = run_lib.parse(cli.load_config("vdvae_digits:tiny"))[1]
+    in_parts = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=4))
+    assert "balanced by their divergences over each micro-batch of 4" in model_stage.stage(in_parts).warning
+    assert not model_stage.stage(config).warning
+    unbalanced = dataclasses.replace(in_parts, objective=ObjectiveConfig())
+    assert not model_stage.stage(unbalanced).warning
