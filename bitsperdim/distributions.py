@@ -47,6 +47,7 @@ class Bins(NamedTuple):
     half: float
     top_is_open: bool = True  # the last bin reaches to infinity, as the first does
     least_mass: float = 0.0  # below which a bin's mass is taken as density times width; 0: never
+    density_beta: float = 1.0  # the log-scale of that density is divided by it
 
     def values(self, x: Integer[Array, "..."], dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "..."]:
         return x.astype(dtype) * self.step - 1.0
@@ -57,14 +58,15 @@ def bins(levels: int) -> Bins:
     return Bins(levels, 2.0 / (levels - 1), 1.0 / (levels - 1))
 
 
-def published_bins(levels: int, top_is_open: bool) -> Bins:
+def published_bins(levels: int, top_is_open: bool, density_beta: float = 1.0) -> Bins:
     """The arithmetic of the very deep VAEs for 2**b levels: those of 8 bits, (256 / K) k / 127.5 - 1, with bins of
     half-width 1 / (K - 1), and density times width where the mass is below 1e-5.
 
     Below 8 bits neighbouring bins overlap, and the masses sum to more than one (32 levels: up to 1.028, 0.04 bits a
     dimension). In Efficient-VDVAE the top level is an edge; in VDVAE, which compares it with 0.999, it is none.
+    Where a scale is exp(beta u), Efficient-VDVAE forgets beta in that density: `density_beta`.
     """
-    return Bins(levels, 2.0 * (256 // levels) / 255.0, 1.0 / (levels - 1), top_is_open, least_mass=1e-5)
+    return Bins(levels, 2.0 * (256 // levels) / 255.0, 1.0 / (levels - 1), top_is_open, 1e-5, density_beta)
 
 
 class LogisticMixture(NamedTuple):
@@ -218,7 +220,7 @@ def _log_mass(
     between = below_top + above_bottom + jnp.where(is_small, math.log(2.0 * bins.half) - log_scale, log_factor)
     if bins.least_mass:
         z = centred * inverse
-        log_density = jax.nn.log_sigmoid(z) + jax.nn.log_sigmoid(-z) - log_scale
+        log_density = jax.nn.log_sigmoid(z) + jax.nn.log_sigmoid(-z) - log_scale / bins.density_beta
         between = jnp.where(jnp.exp(between) > bins.least_mass, between, log_density + math.log(2.0 * bins.half))
     last = jnp.where(x == bins.levels - 1, above_bottom, between) if bins.top_is_open else between
     return jnp.where(x == 0, below_top, last)

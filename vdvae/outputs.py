@@ -51,8 +51,9 @@ def bins(config: ModelConfig, levels: int) -> distributions.Bins:
         return distributions.bins(levels)
     if 256 % levels:
         raise InputError(f"model.bins='{config.bins}' knows 2, 4, ... 256 levels, not {levels}")
-    is_edge = config.bins == "published_efficient" or levels == 256
-    return distributions.published_bins(levels, is_edge)
+    is_efficient = config.bins == "published_efficient"
+    beta = config.output_beta if is_efficient and config.output_scale == "log_std" else 1.0
+    return distributions.published_bins(levels, is_efficient or levels == 256, beta)
 
 
 def log_scale(config: ModelConfig) -> Callable[[Array], Array]:

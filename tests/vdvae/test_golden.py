@@ -181,7 +181,7 @@ def test_the_baseline_is_the_published_one(baseline):
     arrays = baseline.arrays
     np.testing.assert_allclose(vae.inputs(baseline.model, baseline.image), arrays["x_nhwc"], atol=1e-6)
     mean, deviation = baseline.model.config.whiten
-    assert (-mean, 1.0 / deviation) == pytest.approx((arrays["shift"], arrays["scale"]))
+    assert (-mean, 1.0 / deviation) == pytest.approx((float(arrays["shift"]), float(arrays["scale"])))
     target = baseline.model.output.values(vae.target(baseline.model, baseline.image))
     np.testing.assert_allclose(target, arrays["target_nhwc"], atol=2e-7)
     raw, layers, nats, skips = run(baseline)
