@@ -26,6 +26,7 @@ OF_RESOLUTION = re.compile(r"kl_nats_\d+x\d+")
 
 
 def stage(config: Config) -> Stage:
+    """The stage `model`: what is trained, what evaluate.py measures beside it, and what is said of both."""
     return Stage(
         "model",
         model=lambda run: make(config, facts_lib.of_run(run)),
