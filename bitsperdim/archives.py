@@ -78,7 +78,7 @@ def _read_npz(path: pathlib.Path) -> dict[Any, Any]:
 
 def _read_torch(path: pathlib.Path) -> dict[Any, Any]:
     try:
-        import torch
+        import torch  # pyright: ignore
     except ImportError as error:
         raise InputError(
             f"{path} is a file of PyTorch, and reading it needs PyTorch: pip install 'bitsperdim[convert]'; or, where "

@@ -10,7 +10,7 @@ import configparser
 import json
 import operator
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -38,7 +38,7 @@ READ = (
     *("optimizer.clip_gradient_norm", "optimizer.gradient_clip_norm_value", "optimizer.gradient_skip"),
     *("optimizer.gradient_skip_threshold", "train.batch_size", "train.ema_decay"),
 )
-FIXED: Mapping[str, tuple[Any, ...]] = {
+FIXED: dict[str, tuple[Any, ...]] = {
     "model.use_1x1_conv": (True,),
     "model.input_kernel_size": ((1, 1), [1, 1], 1),
     "model.output_kernel_size": ((1, 1), [1, 1], 1),
@@ -179,7 +179,7 @@ def _data_of(values: Values, path: pathlib.Path) -> ConfigDict:
         "celebAHQ": f"{large}celebahq" if large else "vdvae_celebahq256:released_8bit",
         "ffhq": f"{large}ffhq" if large else "vdvae_ffhq256:released_8bit",
     }
-    config = cli.load_config(names.get(source, "vdvae_folder"))
+    config: Any = cli.load_config(names.get(source, "vdvae_folder"))
     if source == "binarized_mnist":
         return config
     bits = data("num_bits")
@@ -255,7 +255,7 @@ def _distributions(values: Values, path: pathlib.Path) -> Values:
     }
 
 
-def _set_optimizer(config: ConfigDict, values: Values, path: pathlib.Path, weight_decay: float) -> None:
+def _set_optimizer(config: Any, values: Values, path: pathlib.Path, weight_decay: float) -> None:
     of = lambda key: values[f"optimizer.{key}"]
     if of("type") not in ("Adamax", "Adam"):
         raise InputError(f"{path}: 'optimizer.type' is {of('type')!r}; known are 'Adamax' and 'Adam'")
@@ -322,7 +322,7 @@ def baseline(values: Values, path: pathlib.Path) -> ConfigDict:
     }
     if values["dataset"] not in names:
         raise InputError(f"{path}: 'dataset' is {values['dataset']!r}; known are {', '.join(names)}")
-    config = cli.load_config(f"{names[values['dataset']]}:vdvae")
+    config: Any = cli.load_config(f"{names[values['dataset']]}:vdvae")
     try:
         pairs = [part.split(":") for part in values["custom_width_str"].split(",") if part]
         widths = {int(edge): int(width) for edge, width in pairs}

@@ -126,7 +126,7 @@ def _baseline(path: pathlib.Path, log: pathlib.Path) -> Imported:
         moments = _moments_of_torch(archives.read(files["optimizer"]), read["params"], "Adam", files["optimizer"])
         from_torch = lambda tensors: convert.baseline_from_torch(tensors, model.net)
         moments = moments and Moments(from_torch(moments.first), from_torch(moments.second), moments.count)
-    params = found.get("params", found.get("ema"))
+    params = found["params"] if "params" in found else found["ema"]
     return _run(config, model.facts, params, found.get("ema"), moments, max(step, 1))
 
 
@@ -173,6 +173,6 @@ def _run(
     steps: int = 1,
 ) -> Imported:
     """It is complete as it is; more steps go on from here."""
-    config.train.steps = steps
+    config.update_from_flattened_dict({"train.steps": steps})
     described = {"shape": list(facts.shape), "levels": facts.levels}
     return Imported(config, {"model": Weights(params, {}, described, ema, moments)})
