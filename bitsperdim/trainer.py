@@ -101,7 +101,9 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
     observer = Observer(run, stage, model, sources["evaluation"], mesh, signals.check)
     weights, record = warm_start.begin(run, stage, like, init_from)
     _record_start(run, stage, sources, record)
-    _warn(stage, like)
+    if stage.warning:
+        run_lib.say(f"warning: {stage.name}: {stage.warning}")
+    _warn_of_micro_batches(stage, like)
     step = step_lib.compiled(model, stage.optim, config, seed, mesh, like)
     with _alone(run.folder(stage.name)), checkpoints_of(run, stage) as checkpoints:
         state, start = _restored_or_new(run, stage, model, mesh, checkpoints, like, weights)
@@ -281,11 +283,9 @@ def _check_schedule(stage: Stage) -> None:
             raise InputError(f"{stage.name}: {error}") from error
 
 
-def _warn(stage: Stage, like: PyTree) -> None:
+def _warn_of_micro_batches(stage: Stage, like: PyTree) -> None:
     """BatchNorm cannot know the moments of a whole batch before its last micro-batch has passed."""
     assert stage.settings
-    if stage.warning:
-        run_lib.say(f"warning: {stage.name}: {stage.warning}")
     parts = stage.settings.accumulation
     if parts > 1 and isinstance(like["extra"], dict) and jax.tree.leaves(like["extra"].get("batch_stats")):
         run_lib.say(
