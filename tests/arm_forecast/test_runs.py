@@ -281,6 +281,7 @@ def test_flags_that_mean_nothing_are_refused(run, monkeypatch, capsys):
     assert "--temperature means nothing beside --compare_samplers" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_modules_are_trained_afterwards_on_pairs_of_the_sampler(tmp_path):
     config = digits_config()
     config.arm.train.steps, config.arm.forecast.modules = 10, 0
@@ -374,6 +375,7 @@ def test_the_maps_of_a_latent_run_lie_over_the_decoded_images(latent):
     assert {"samples-00000006.png", "mistakes_fixed_point-00000006.png"} <= names
 
 
+@pytest.mark.slow
 def test_published_weights_become_a_run(golden, tmp_path, monkeypatch):
     arrays = golden("arm/pcnnpp_tiny_rgb")
     file = tmp_path / "weights.npz"
