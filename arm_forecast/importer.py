@@ -1,7 +1,7 @@
 """A published PixelCNN++ checkpoint as a run. What its tensors are is known to `convert.py`."""
 
 from arm_forecast import convert
-from bitsperdim import archives, cli
+from bitsperdim import archives, config_files
 from bitsperdim.adopt import Imported, Weights
 
 
@@ -12,7 +12,7 @@ def imported(path: str, image_size: int = 32) -> Imported:
     """
     state = archives.read_arrays(path)
     network, channels = convert.network_from_torch(state)
-    config = cli.load_config("arm_cifar10:dmol")
+    config = config_files.load("arm_cifar10:dmol")
     # It is complete as it is; more steps go on from here.
     changes = {"data.image_size": image_size, "arm.train.steps": 1}
     config.update_from_flattened_dict(changes | {f"arm.model.{k}": v for k, v in vars(network).items()})

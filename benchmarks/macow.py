@@ -22,7 +22,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_th
 import jax
 import jax.numpy as jnp
 
-from bitsperdim import cli, optim, rng
+from bitsperdim import config_files, optim, rng
 from bitsperdim import run as run_lib
 from bitsperdim.facts import Facts
 from flows import density, stage
@@ -62,7 +62,7 @@ def main() -> None:
 
 def opened(name: str) -> tuple[Config, Facts]:
     """A config, and what its images are like: no data set is opened."""
-    _, config = run_lib.parse(cli.load_config(name))
+    _, config = run_lib.parse(config_files.load(name))
     edge, levels, _ = PUBLISHED[name] if name in PUBLISHED else PUBLISHED[name.split(":")[0]]
     return config, Facts((edge, edge, 3), levels)
 

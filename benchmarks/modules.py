@@ -16,7 +16,7 @@ import numpy as np
 
 from arm_forecast import samplers, sampling
 from arm_forecast.samplers import Sampler
-from bitsperdim import cli, sharding, trainer
+from bitsperdim import config_files, sharding, trainer
 
 CASES = {
     "h": ((), "exact"),
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=128, help="samples")
     arguments = parser.parse_args()
     for case, (inputs, posterior) in CASES.items():
-        config = cli.load_config(arguments.config)
+        config = config_files.load(arguments.config)
         if arguments.data_dir:
             config.data.data_dir = arguments.data_dir
         steps = arguments.steps or config.arm.train.steps

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from bitsperdim import cli, sharding
+from bitsperdim import config_files, sharding
 from bitsperdim import run as run_lib
 from vqvae2 import autoencoder_stage, chain
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run = run_lib.check(folder, cli.load_config(arguments.config))
+        run = run_lib.check(folder, config_files.load(arguments.config))
         edge, num_classes = run.config.data.image_size, 1000
         facts = {"shape": [edge, edge, 3], "levels": 256, "num_classes": num_classes, "variance": 0.25}
         run_lib.write_json(run.folder("autoencoder") / "data.json", facts)

@@ -30,7 +30,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 
-from bitsperdim import cli, optim, sharding
+from bitsperdim import config_files, optim, sharding
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
@@ -46,7 +46,7 @@ COLUMNS = ("config", "stage", "parameters", "batch", "arguments_gib", "temporary
 
 def published() -> list[tuple[str, tuple[str, ...]]]:
     """Every config and those of its stages that no config before it has."""
-    rows = runpy.run_path(str(cli.find_config("vqvae2_imagenet")))["TABLE_4"]
+    rows = runpy.run_path(str(config_files.find("vqvae2_imagenet")))["TABLE_4"]
     return [
         ("vqvae2_imagenet", ("autoencoder", "top", "bottom")),
         ("vqvae2_imagenet:paper", ("bottom",)),
@@ -113,7 +113,7 @@ def measured(path: str) -> dict[tuple[str, str], dict]:
 
 def of_shapes(folder: str, name: str) -> run_lib.Run:
     """A run that knows its images by their shape alone."""
-    run = run_lib.check(folder, cli.load_config(name))
+    run = run_lib.check(folder, config_files.load(name))
     edge, num_classes = run.config.data.image_size, CLASSES.get(name.split(":")[0].removeprefix("vqvae2_"), 0)
     facts = {"shape": [edge, edge, 3], "levels": 256, "num_classes": num_classes, "variance": 0.25}
     run_lib.write_json(run.folder("autoencoder") / "data.json", facts)

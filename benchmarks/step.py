@@ -25,8 +25,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bitsperdim import cli, data, optim, sharding
 from bitsperdim import config as config_lib
+from bitsperdim import config_files, data, optim, sharding
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
@@ -55,7 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     given = dict(argument.split("=", 1) for argument in arguments.set)
     for case in arguments.cases:
-        config = cli.load_config(arguments.config)
+        config = config_files.load(arguments.config)
         config.data.data_dir = arguments.data_dir
         if arguments.random:
             size = config.data.image_size

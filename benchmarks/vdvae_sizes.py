@@ -20,7 +20,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 
-from bitsperdim import cli, optim, sharding
+from bitsperdim import config_files, optim, sharding
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def case(name: str, parameters_only: bool, batch: int, scan: str) -> dict:
-    values = cli.load_config(name)
+    values = config_files.load(name)
     values.model.scan, values.model.dtype = scan == "on", "float32"
     config = run_lib.parse(values)[1]
     model = vae.make(config.model, facts_of(config))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from bitsperdim import cli, optim, sharding
+from bitsperdim import config_files, optim, sharding
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--scan", choices=("on", "off"), default="on")
     parser.add_argument("--what", nargs="+", choices=("forward", "step"), default=("forward", "step"))
     arguments = parser.parse_args()
-    values = cli.load_config(arguments.config)
+    values = config_files.load(arguments.config)
     values.model.scan, values.train.batch_size = arguments.scan == "on", arguments.batch
     config = run_lib.parse(values)[1]
     edge, bits = config.data.image_size or 28, config.data.bits

@@ -1,4 +1,4 @@
-"""The command line: flags, configs by path or by name, and exit codes. The scripts call it through `scripts.py`.
+"""The command line: flags, and exit codes. The scripts call it through `scripts.py`.
 
 Exit codes: 0 done, 2 bad input, 3 stopped by a signal and saved, 4 training stayed non-finite; 1 is a defect of ours.
 """
@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 bad input, 3 stopped by a signal and saved, 4 training sta
 import contextlib
 import dataclasses
 import errno
-import importlib.util
 import inspect
 import os
 import pathlib
@@ -26,6 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from bitsperdim import (
     adopt,
     atomic,
+    config_files,
     data,
     decoding,
     evaluation,
@@ -44,10 +44,6 @@ from bitsperdim.errors import InputError, RunError
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
 from bitsperdim.sources import Source
-
-PACKAGE = pathlib.Path(__file__).resolve().parent
-# Installed, configs are data of this package; in a checkout they stand beside it.
-CONFIG_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 # Of the file system, whatever was under way. Others would be defects of ours.
 NO_ROOM = "make room, then the same command goes on"
@@ -140,7 +136,7 @@ def convert() -> None:
 def _train(argv: list[str]) -> None:
     name, argv = _pop_config(argv)
     values = flags.FlagValues()
-    _define_config(values, load_config(name), argv)
+    _define_config(values, config_files.load(name), argv)
     flags.DEFINE_string("workdir", "", "Run folder; default runs/<config>-<variant>.", flag_values=values)
     flags.DEFINE_string("stage", "", "Train this stage alone.", flag_values=values)
     flags.DEFINE_string("init_from", "", "Run whose weights new stages start with.", flag_values=values)
@@ -325,44 +321,6 @@ def _convert(argv: list[str]) -> None:
     print(f"{run.workdir} is a run now: evaluate.py and sample.py take it as --workdir")
 
 
-def config_names() -> list[str]:
-    """The configs that `--config=NAME` finds."""
-    return sorted({path.stem for folder in CONFIG_FOLDERS if folder.is_dir() for path in folder.glob("*.py")})
-
-
-def find_config(name: str) -> pathlib.Path:
-    """The file of `FILE.py`, `configs/NAME.py` or `NAME`; `InputError` with the known names when there is none."""
-    given = pathlib.Path(name)
-    if given.suffix == ".py" and given.is_file():
-        return given
-    if given.suffix in ("", ".py") and given.parent.name in ("", "configs"):
-        for folder in CONFIG_FOLDERS:
-            if (folder / f"{given.stem}.py").is_file():
-                return folder / f"{given.stem}.py"
-    raise InputError(f"there is no config '{name}'; known are {', '.join(config_names())}, or give the path of a file")
-
-
-def load_config(name: str) -> ConfigDict:
-    """`NAME[:variant]` as the ConfigDict that its `get_config` makes. Runs the file."""
-    file, _, variant = name.partition(":")
-    path = find_config(file)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        values = module.get_config(variant)
-    except InputError:
-        raise
-    except ValueError as error:  # what a config says of a variant that it does not have
-        raise InputError(f"--config={name}: {error}") from error
-    except Exception as error:
-        raise InputError(f"{path} could not be loaded: {type(error).__name__}: {error}") from error
-    if not isinstance(values, ConfigDict):
-        raise InputError(f"get_config in {path} must return a ConfigDict, not {values!r}")
-    return values
-
-
 def _pop_config(argv: list[str]) -> tuple[str, list[str]]:
     """The value of `--config=NAME` (or `--config NAME`), and the other arguments."""
     names, rest, arguments = [], [], iter(argv)
@@ -376,7 +334,7 @@ def _pop_config(argv: list[str]) -> tuple[str, list[str]]:
         raise InputError(f"--config is given {len(names)} times: {', '.join(names)}")
     if names and names[0]:
         return names[0], rest
-    raise InputError(f"--config is missing; known are {', '.join(config_names())}, or give the path of a file")
+    raise InputError(f"--config is missing; known are {', '.join(config_files.names())}, or give the path of a file")
 
 
 def _refuse_unknown_keys(argv: list[str], valid: list[str]) -> None:

@@ -1,7 +1,7 @@
 """From an `ml_collections.ConfigDict` to frozen dataclasses, with every key checked by name before a device is touched.
 
-Each module owns the dataclass of its own section; `unpack` checks and builds them. Not here: reading config files and
-flags (`cli.py`), and what may differ between two starts of one run (`run.py`).
+Each module owns the dataclass of its own section; `unpack` checks and builds them. Not here: reading config files
+(`config_files.py`) and flags (`cli.py`), and what may differ between two starts of one run (`run.py`).
 """
 
 import dataclasses

@@ -13,13 +13,13 @@ Variants: default_size (the size of the other data sets, which overfits, as the 
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "default_size", "cpu", "tiny"):
         raise ValueError(f"no variant '{variant}'; there are default_size, cpu and tiny")
-    config = cli.load_config("arm_cifar10")
+    config = config_files.load("arm_cifar10")
     config.data = ConfigDict({"source": "tfds", "name": "binarized_mnist", "data_dir": ""})
     if variant != "default_size":
         config.arm.model.resnets, config.arm.model.filters = 2, 60

@@ -10,13 +10,13 @@ Variants: tiny (seconds; for tests).
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "tiny"):
         raise ValueError(f"no variant '{variant}'; there is tiny")
-    config = cli.load_config("arm_cifar10:cpu")
+    config = config_files.load("arm_cifar10:cpu")
     config.data = ConfigDict({"source": "digits"})
     config.arm.model = ConfigDict({"resnets": 1, "filters": 24, "dropout": 0.2})
     config.arm.forecast.modules, config.arm.forecast.filters = 2, 24

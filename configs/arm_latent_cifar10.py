@@ -9,13 +9,13 @@ Variants: cpu (small), tiny (seconds; for tests).
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "cpu", "tiny"):
         raise ValueError(f"no variant '{variant}'; there are cpu and tiny")
-    config = cli.load_config("arm_cifar10")
+    config = config_files.load("arm_cifar10")
     # Four channels of codes want a width that four divides; the paper's 162 of Table 1 is not.
     config.arm.model.filters = config.arm.forecast.filters = 160
     config.autoencoder = ConfigDict(

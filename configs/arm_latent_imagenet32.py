@@ -11,13 +11,13 @@ Variants: tiny (seconds; for tests).
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "tiny"):
         raise ValueError(f"no variant '{variant}'; there is tiny")
-    config = cli.load_config(f"arm_latent_cifar10:{variant}")
+    config = config_files.load(f"arm_latent_cifar10:{variant}")
     config.data.name = "downsampled_imagenet/32x32"
     config.data.evaluation_split = "validation"
     if variant == "tiny":

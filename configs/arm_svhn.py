@@ -9,12 +9,12 @@ Variants: tiny (seconds; for tests).
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "tiny"):
         raise ValueError(f"no variant '{variant}'; there is tiny")
-    config = cli.load_config(f"arm_cifar10:{variant}")
+    config = config_files.load(f"arm_cifar10:{variant}")
     config.data.name, config.data.bits = "svhn_cropped", 8
     return config

@@ -9,7 +9,7 @@ Variants: variational, glow, tiny (seconds, on noise; for tests).
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 
 VARIANTS = ("variational", "glow", "tiny")
 
@@ -17,7 +17,7 @@ VARIANTS = ("variational", "glow", "tiny")
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", *VARIANTS):
         raise ValueError(f"no variant '{variant}'; there are {', '.join(VARIANTS)}")
-    config = cli.load_config("flows_lsun128:variational" if variant == "variational" else "flows_lsun128")
+    config = config_files.load("flows_lsun128:variational" if variant == "variational" else "flows_lsun128")
     config.data = ConfigDict({"source": "tfds", "name": "celeb_a_hq/256", "data_dir": "", "image_size": 256, "bits": 5})
     # The data set has no split of its own that is held out.
     config.data.train_split, config.data.evaluation_split = "train[:90%]", "train[90%:]"
@@ -41,6 +41,6 @@ def _glow(config: ConfigDict) -> ConfigDict:
 
 
 def _tiny(config: ConfigDict) -> ConfigDict:
-    config = cli.load_config("flows_lsun128:tiny")
+    config = config_files.load("flows_lsun128:tiny")
     config.model.flow.prior_affine = True
     return config

@@ -9,13 +9,13 @@ Variants: uniform, tiny (8x8, seconds; for tests).
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "uniform", "tiny"):
         raise ValueError(f"no variant '{variant}'; there are uniform, tiny")
-    config = cli.load_config("flows_imagenet64:variational")
+    config = config_files.load("flows_imagenet64:variational")
     config.data = ConfigDict({"source": "folder", "path": "pictures", "image_size": 64, "train_crop": "random"})
     flow = {"steps": ((4,), (8, 8), (8, 8), (8, 8), (8,)), "widths": (24, 256, 256, 256, 256)}
     config.model.flow.update(flow)

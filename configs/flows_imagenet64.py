@@ -10,7 +10,7 @@ Variants: variational, glow, tiny (seconds, on noise; for tests).
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 
 VARIANTS = ("variational", "glow", "tiny")
 
@@ -18,7 +18,7 @@ VARIANTS = ("variational", "glow", "tiny")
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", *VARIANTS):
         raise ValueError(f"no variant '{variant}'; there are {', '.join(VARIANTS)}")
-    config = cli.load_config("flows_cifar10")
+    config = config_files.load("flows_cifar10")
     config.data = ConfigDict({"source": "tfds", "name": "downsampled_imagenet/64x64", "data_dir": "", "image_size": 64})
     config.data.evaluation_split = "validation"
     config.model = ConfigDict(

@@ -9,7 +9,7 @@ Variants: variational, glow, church, church_variational, tower, tower_variationa
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 
 VARIANTS = ("variational", "glow", "church", "church_variational", "tower", "tower_variational", "tiny")
 NAMES = {"church": "lsun/church_outdoor", "tower": "lsun/tower"}
@@ -18,7 +18,7 @@ NAMES = {"church": "lsun/church_outdoor", "tower": "lsun/tower"}
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", *VARIANTS):
         raise ValueError(f"no variant '{variant}'; there are {', '.join(VARIANTS)}")
-    config = cli.load_config("flows_imagenet64")
+    config = config_files.load("flows_imagenet64")
     config.data = ConfigDict({"source": "tfds", "name": "lsun/bedroom", "data_dir": "", "image_size": 128, "bits": 5})
     config.data.evaluation_split = "validation"
     config.model.flow = ConfigDict(
@@ -59,7 +59,7 @@ def _glow(config: ConfigDict) -> ConfigDict:
 
 def _tiny(config: ConfigDict) -> ConfigDict:
     flow = config.model.flow
-    config = cli.load_config("flows_imagenet64:tiny")
+    config = config_files.load("flows_imagenet64:tiny")
     config.data.synthetic_levels = 32
     config.model.flow.affine, config.model.flow.prior_affine = flow.affine, flow.prior_affine
     return config

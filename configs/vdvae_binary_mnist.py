@@ -14,7 +14,7 @@ Variants: released, fixed_binarisation, reference_split (`released` on a half of
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 
 VARIANTS = ("released", "fixed_binarisation", "reference_split", "cpu", "tiny")
 
@@ -22,7 +22,7 @@ VARIANTS = ("released", "fixed_binarisation", "reference_split", "cpu", "tiny")
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", *VARIANTS):
         raise ValueError(f"no variant '{variant}'; there are {', '.join(VARIANTS)}")
-    config = cli.load_config("vdvae_cifar10:released")
+    config = config_files.load("vdvae_cifar10:released")
     config.data = ConfigDict({"source": "tfds", "name": "mnist:3.0.1", "data_dir": "", "binarize": "dynamic"})
     layers = (5, 5, 10, 2, 1)
     config.model.update({"layers": layers, "skips": layers, "shared": (), "blocks": layers})

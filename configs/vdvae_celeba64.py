@@ -11,7 +11,7 @@ Variants: released, compact, tiny (seconds; for tests).
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 
 VARIANTS = ("released", "compact", "tiny")
 
@@ -19,7 +19,7 @@ VARIANTS = ("released", "compact", "tiny")
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", *VARIANTS):
         raise ValueError(f"no variant '{variant}'; there are {', '.join(VARIANTS)}")
-    config = cli.load_config("vdvae_imagenet64:released")
+    config = config_files.load("vdvae_imagenet64:released")
     box = {"crop_box": (15, 40, 163, 188), "resampling": "area"}
     config.data = ConfigDict({"source": "tfds", "name": "celeb_a", "image_size": 64, **box})
     layers, skips = (2, 4, 7, 11, 16, 22), (2, 4, 7, 7, 9, 12)
@@ -32,7 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "":
         config.model.dtype, config.train.ema_ramp = "bfloat16", True
     elif variant == "tiny":
-        tiny = cli.load_config("vdvae_imagenet64:tiny")
+        tiny = config_files.load("vdvae_imagenet64:tiny")
         tiny.sampling.temperatures = (0.8,)
         return tiny
     return config

@@ -16,7 +16,7 @@ Variants: released_5bit, released_5bit_published_bins, unbounded, bounded, relea
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 
 FIVE_BITS = ("released_5bit", "released_5bit_published_bins", "unbounded", "bounded")
 VARIANTS = (*FIVE_BITS, "released_8bit", "compact", "tiny")
@@ -25,7 +25,7 @@ VARIANTS = (*FIVE_BITS, "released_8bit", "compact", "tiny")
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", *VARIANTS):
         raise ValueError(f"no variant '{variant}'; there are {', '.join(VARIANTS)}")
-    config = cli.load_config(f"vdvae_ffhq256:{variant}")
+    config = config_files.load(f"vdvae_ffhq256:{variant}")
     config.sampling.temperatures = (0.85,)
     if variant == "tiny":
         return config

@@ -12,7 +12,7 @@ Variants: ffhq, celebahq, vdvae, table2b_ffhq_unsmoothed, table2b_celebahq_unsmo
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 from vdvae.levels import from_block_strings
 
 VARIANTS = ("ffhq", "celebahq", "vdvae", "table2b_ffhq_unsmoothed", "table2b_celebahq_unsmoothed", "tiny")
@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def _ffhq() -> ConfigDict:
-    config = cli.load_config("vdvae_ffhq256:released_8bit")
+    config = config_files.load("vdvae_ffhq256:released_8bit")
     config.data.image_size = 1024
     layers, skips = (2, 4, 5, 8, 12, 13, 13, 6, 5, 4), (2, 4, 5, 8, 12, 7, 5, 3, 2, 1)
     config.model.update({"strides": (1, 4) + (2,) * 8, "layers": layers, "skips": skips, "blocks": skips})
@@ -59,7 +59,7 @@ def _ffhq() -> ConfigDict:
 
 
 def _vdvae() -> ConfigDict:
-    config = cli.load_config("vdvae_ffhq256:vdvae")
+    config = config_files.load("vdvae_ffhq256:vdvae")
     config.data.image_size = 1024
     config.model.update(from_block_strings(DECODER, ENCODER, width=16, latent=16, widths=WIDTHS))
     config.model.update({"whiten": (111.8685, 69.9465), "target_bits": 8, "mixtures": 2})
@@ -69,6 +69,6 @@ def _vdvae() -> ConfigDict:
 
 
 def _tiny() -> ConfigDict:
-    config = cli.load_config("vdvae_imagenet64:tiny")
+    config = config_files.load("vdvae_imagenet64:tiny")
     config.model.update({"latent_beta": 0.4, "output_beta": 0.4})
     return config

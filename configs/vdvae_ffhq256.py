@@ -21,7 +21,7 @@ Variants: c1, c1_published_bins, released_5bit, released_5bit_published_bins, un
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 from vdvae.levels import from_block_strings
 
 FIVE_BITS = ("c1", "c1_published_bins", "released_5bit", "released_5bit_published_bins", "unbounded", "bounded")
@@ -59,7 +59,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "":
         config.model.update({"dtype": "bfloat16", "remat": 128})
         config.train.ema_ramp = True
-    return cli.load_config("vdvae_imagenet64:tiny") if variant == "tiny" else config
+    return config_files.load("vdvae_imagenet64:tiny") if variant == "tiny" else config
 
 
 def five_bits(config: ConfigDict, variant: str) -> None:
@@ -74,7 +74,7 @@ def five_bits(config: ConfigDict, variant: str) -> None:
 
 
 def _released_8bit() -> ConfigDict:
-    config = cli.load_config("vdvae_imagenet64:released")
+    config = config_files.load("vdvae_imagenet64:released")
     config.data = ConfigDict({"source": "folder", "path": "images1024x1024", "image_size": 256, "bits": 8})
     layers, skips = (2, 4, 5, 10, 16, 13, 13, 6), (2, 4, 5, 8, 12, 13, 13, 6)
     config.model.update({"strides": (1, 4, 2, 2, 2, 2, 2, 2), "layers": layers, "skips": skips})
@@ -98,7 +98,7 @@ def _set_depth(config: ConfigDict, row: str) -> None:
 
 
 def _vdvae() -> ConfigDict:
-    config = cli.load_config("vdvae_imagenet64:vdvae")
+    config = config_files.load("vdvae_imagenet64:vdvae")
     # The encoder sees all 8 bits, and the likelihood is that of 5.
     config.data = ConfigDict({"source": "folder", "path": "images1024x1024", "image_size": 256})
     config.model.update(from_block_strings(DECODER, ENCODER, width=512, latent=16))

@@ -12,13 +12,13 @@ Variants: 256 (eight levels at 256x256, in bfloat16), tiny (32x32, seconds; for 
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "256", "tiny"):
         raise ValueError(f"no variant '{variant}'; there are 256 and tiny")
-    config = cli.load_config({"": "vdvae_celeba64", "256": "vdvae_ffhq256", "tiny": "vdvae_imagenet64:tiny"}[variant])
+    config = config_files.load({"": "vdvae_celeba64", "256": "vdvae_ffhq256", "tiny": "vdvae_imagenet64:tiny"}[variant])
     edge = {"": 64, "256": 256, "tiny": 32}[variant]
     config.data = ConfigDict({"source": "folder", "path": "pictures", "image_size": edge, "train_crop": "random"})
     config.model.flip = True

@@ -18,7 +18,7 @@ Variants: c1, released, compact, vdvae (on its own data set), released_on_pixelr
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 from vdvae.levels import from_block_strings
 
 LATER_BOX_SET = "imagenet_resized/32x32"
@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", *VARIANTS):
         raise ValueError(f"no variant '{variant}'; there are {', '.join(VARIANTS)}")
     if variant == "tiny":
-        config = cli.load_config("vdvae_cifar10:tiny")
+        config = config_files.load("vdvae_cifar10:tiny")
         config.data = ConfigDict({"source": "photos", "image_size": 32})
         return config
     if variant == "vdvae":
@@ -61,7 +61,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def _released() -> ConfigDict:
-    config = cli.load_config("vdvae_cifar10:released")
+    config = config_files.load("vdvae_cifar10:released")
     config.data.update({"name": LATER_BOX_SET, "evaluation_split": "validation"})
     skips = (6, 7, 9, 10, 16)
     config.model.update({"layers": (6, 7, 19, 25, 16), "skips": skips, "shared": (), "blocks": skips})
@@ -80,7 +80,7 @@ def _set_layers(config: ConfigDict, row: str) -> None:
 
 
 def _vdvae() -> ConfigDict:
-    config = cli.load_config("vdvae_cifar10:vdvae")
+    config = config_files.load("vdvae_cifar10:vdvae")
     config.data = ConfigDict(
         {"source": "tfds", "name": PIXELRNN_SET, "image_size": 32, "evaluation_split": "validation"}
     )

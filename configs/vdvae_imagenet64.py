@@ -13,7 +13,7 @@ Variants: c1, released, compact, vdvae (on its own data set), released_on_pixelr
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 from vdvae.levels import from_block_strings
 
 LATER_BOX_SET = "imagenet_resized/64x64"
@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def _released() -> ConfigDict:
-    config = cli.load_config("vdvae_imagenet32:released")
+    config = config_files.load("vdvae_imagenet32:released")
     config.data.update({"name": LATER_BOX_SET, "image_size": 64})
     layers, skips = (6, 7, 19, 25, 16, 11), (6, 7, 9, 10, 16, 5)
     config.model.update({"strides": (1, 4, 2, 2, 2, 2), "layers": layers, "skips": skips, "blocks": skips})
@@ -54,7 +54,7 @@ def _released() -> ConfigDict:
 
 
 def _vdvae() -> ConfigDict:
-    config = cli.load_config("vdvae_imagenet32:vdvae")
+    config = config_files.load("vdvae_imagenet32:vdvae")
     config.data.update({"name": PIXELRNN_SET, "image_size": 64})
     config.model.update(from_block_strings(DECODER, ENCODER, width=512, latent=16))
     config.model.whiten = (115.92961967, 69.37404)

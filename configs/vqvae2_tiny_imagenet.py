@@ -10,13 +10,13 @@ Variants: cpu, tiny (seconds; for tests).
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "cpu", "tiny"):
         raise ValueError(f"no variant '{variant}'; there are cpu and tiny")
-    config = cli.load_config(f"vqvae2_cifar10:{variant}")
+    config = config_files.load(f"vqvae2_cifar10:{variant}")
     config.data = ConfigDict(
         {
             "source": "tfds",

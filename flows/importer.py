@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from bitsperdim import archives, cli
+from bitsperdim import archives, config_files
 from bitsperdim.adopt import Imported, Weights
 from bitsperdim.config import to_plain
 from flows import convert
@@ -16,7 +16,7 @@ def imported(path: str, image_size: int = 32) -> Imported:
     """
     params, flow, noise = convert.model(convert.State(archives.read_arrays(path)))
     bits = 5 if image_size >= 128 else 8
-    config = cli.load_config("flows_cifar10")
+    config = config_files.load("flows_cifar10")
     # It is complete as it is; more steps go on from here.
     config.update_from_flattened_dict({"data.image_size": image_size, "data.bits": bits, "train.steps": 1})
     sections = {"flow": dataclasses.asdict(flow)} | ({} if noise is None else {"dequantization": to_plain(noise)})

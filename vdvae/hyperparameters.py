@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from bitsperdim import cli
+from bitsperdim import config_files
 from bitsperdim.errors import InputError
 from vdvae.levels import from_block_strings
 
@@ -179,7 +179,7 @@ def _data_of(values: Values, path: pathlib.Path) -> ConfigDict:
         "celebAHQ": f"{large}celebahq" if large else "vdvae_celebahq256:released_8bit",
         "ffhq": f"{large}ffhq" if large else "vdvae_ffhq256:released_8bit",
     }
-    config: Any = cli.load_config(names.get(source, "vdvae_folder"))
+    config: Any = config_files.load(names.get(source, "vdvae_folder"))
     if source == "binarized_mnist":
         return config
     bits = data("num_bits")
@@ -322,7 +322,7 @@ def baseline(values: Values, path: pathlib.Path) -> ConfigDict:
     }
     if values["dataset"] not in names:
         raise InputError(f"{path}: 'dataset' is {values['dataset']!r}; known are {', '.join(names)}")
-    config: Any = cli.load_config(f"{names[values['dataset']]}:vdvae")
+    config: Any = config_files.load(f"{names[values['dataset']]}:vdvae")
     try:
         pairs = [part.split(":") for part in values["custom_width_str"].split(",") if part]
         widths = {int(edge): int(width) for edge, width in pairs}

@@ -6,7 +6,7 @@ What its tensors are is known to `convert.py`.
 import jax
 from jaxtyping import PyTree
 
-from bitsperdim import archives, cli
+from bitsperdim import archives, config_files
 from bitsperdim.adopt import Imported, Weights
 from bitsperdim.errors import InputError
 from vqvae2 import convert
@@ -27,7 +27,7 @@ def imported(path: str, image_size: int = 32) -> Imported:
     sizes = convert.sizes_from_torch(state)
     if image_size % (STRIDES[0] * STRIDES[1]):
         raise InputError(f"--image_size must be divisible by {STRIDES[0] * STRIDES[1]}, not {image_size}")
-    config = cli.load_config("vqvae2_folder")
+    config = config_files.load("vqvae2_folder")
     network = {name: value for name, value in sizes._asdict().items() if name != "channels"}
     model = network | {"strides": STRIDES, "scale_by_variance": False, "dtype": "float32"}
     # It is complete as it is; more steps go on from here.

@@ -6,7 +6,7 @@ import pytest
 
 from arm_forecast import pixelcnn
 from arm_forecast.pixelcnn import Grid, NetworkConfig
-from bitsperdim import cli
+from bitsperdim import config_files
 from bitsperdim import run as run_lib
 
 VARIANTS = {
@@ -23,7 +23,7 @@ CODES, GRIDS = Grid(8, 8, 4, 128), {"binarized_mnist": Grid(28, 28, 1, 2)}
 
 
 def parsed(name):
-    return run_lib.parse(cli.load_config(name))[1]
+    return run_lib.parse(config_files.load(name))[1]
 
 
 @pytest.mark.parametrize("name", [f"{name}:{variant}" for name, variants in VARIANTS.items() for variant in variants])
@@ -34,7 +34,7 @@ def test_every_variant_is_valid_and_its_network_fits_its_images(name):
     pixelcnn.check(config.arm.model, grid if config.data.source == "tfds" else Grid(8, 8, 1, 17))
     assert config.arm.forecast.filters % grid.channels == 0
     with pytest.raises(Exception, match="no variant 'other'"):
-        cli.load_config(f"{name.partition(':')[0]}:other")
+        config_files.load(f"{name.partition(':')[0]}:other")
 
 
 PAPERS = ("arm_binary_mnist", "arm_binary_mnist:default_size", "arm_cifar10", "arm_cifar10:5bit", "arm_svhn")

@@ -13,7 +13,7 @@ import bitsperdim
 from arm_forecast import codes as arm_codes
 from arm_forecast import comparison, facts, gumbel, modules, modules_stage, pixelcnn, samplers, sampling
 from arm_forecast.pixelcnn import Grid
-from bitsperdim import cli, data, images, sampler_table, sharding, trainer
+from bitsperdim import cli, config_files, data, images, sampler_table, sharding, trainer
 from bitsperdim.errors import InputError
 from bitsperdim.metrics import read
 
@@ -22,7 +22,7 @@ WINDOWED = ("fixed_point:4", "modules:4", "last:4")
 
 
 def digits_config():
-    config = cli.load_config("arm_digits:tiny")
+    config = config_files.load("arm_digits:tiny")
     config.arm.train.steps = 30
     config.arm.train.log_every = 10
     return config
@@ -335,7 +335,7 @@ def _check_divergence_of_pairs(run):
 
 @pytest.fixture(scope="module")
 def latent(tmp_path_factory):
-    config = cli.load_config("arm_latent_cifar10:tiny")
+    config = config_files.load("arm_latent_cifar10:tiny")
     config.data = {"source": "photos", "image_size": 16}
     return trainer.train(config, str(tmp_path_factory.mktemp("latent") / "run"))
 

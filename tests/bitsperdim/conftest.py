@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from bitsperdim import cli, trainer
+from bitsperdim import config_files, trainer
 from bitsperdim import run as run_lib
 
 TOY = pathlib.Path(__file__).resolve().parents[1] / "toy"
@@ -20,7 +20,7 @@ def toy_config():
     """`toy_config({"train.steps": 3})` -> the config of the toy family with some values replaced."""
 
     def make(changes=()):
-        config = cli.load_config(str(TOY / "toy.py"))
+        config = config_files.load(str(TOY / "toy.py"))
         config.update_from_flattened_dict(dict(changes))
         return config
 

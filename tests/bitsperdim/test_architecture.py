@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 
-from bitsperdim import cli
+from bitsperdim import config_files
 from bitsperdim import run as run_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -110,7 +110,7 @@ def test_a_config_parses_in_every_variant_that_it_names_and_tiny_is_one(path):
     assert "tiny" in names
     parsed = {}
     for name in names:
-        _, parsed[name] = run_lib.parse(cli.load_config(f"{path}:{name}"))
+        _, parsed[name] = run_lib.parse(config_files.load(f"{path}:{name}"))
     assert len({repr(config) for config in parsed.values()}) == len(names), "two variants are the same"
 
 

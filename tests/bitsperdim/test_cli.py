@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 import toy_family
 
-from bitsperdim import cli
+from bitsperdim import cli, config_files
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOY = pathlib.Path(toy_family.__file__).with_name("toy.py")
@@ -269,16 +269,16 @@ def test_help_is_one_screen_and_names_the_flags(call, script, flag):
 @pytest.mark.parametrize("name", ["vqvae2_photos", "configs/vqvae2_photos.py", str(ROOT / "configs/vqvae2_photos.py")])
 def test_a_config_is_found_by_its_name_and_by_its_path(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # an installed package has no checkout to stand in
-    assert cli.find_config(name).samefile(ROOT / "configs" / "vqvae2_photos.py")
-    assert cli.load_config(f"{name}:tiny").autoencoder.train.steps < cli.load_config(name).autoencoder.train.steps
+    assert config_files.find(name).samefile(ROOT / "configs" / "vqvae2_photos.py")
+    assert config_files.load(f"{name}:tiny").autoencoder.train.steps < config_files.load(name).autoencoder.train.steps
 
 
 def test_a_file_of_ones_own_comes_before_the_config_of_the_same_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     mine = "from ml_collections import ConfigDict\nget_config = lambda variant: ConfigDict({'family': 'mine'})"
     (tmp_path / "vqvae2_photos.py").write_text(mine)
-    assert cli.load_config("vqvae2_photos.py").family == "mine"
-    assert cli.load_config("vqvae2_photos").family == "vqvae2"
+    assert config_files.load("vqvae2_photos.py").family == "mine"
+    assert config_files.load("vqvae2_photos").family == "vqvae2"
 
 
 def test_the_default_workdir_is_named_after_config_and_variant(call, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitsperdim import cli, data, trainer
+from bitsperdim import config_files, data, trainer
 from bitsperdim.errors import InputError
 
 COPIES = 12  # of each kind, with other pixels
@@ -215,7 +215,7 @@ def test_every_picture_is_taken_with_its_pixels_or_named_with_its_reason(cases, 
 
 def test_a_run_trains_on_them_or_writes_nothing(cases, other, tmp_path):
     root, found = cases
-    config = cli.load_config("vqvae2_photos:tiny")
+    config = config_files.load("vqvae2_photos:tiny")
     folder = {"source": "folder", "path": str(root), "evaluation_path": str(other), "image_size": SIZE}
     config.data = folder | {"resize": "none", "cache_dir": str(tmp_path / "cache")}
     with pytest.raises(InputError, match=r"files of .* cannot be read; remove them or set data\.skip_unreadable=true"):

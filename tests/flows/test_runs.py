@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import bitsperdim
-from bitsperdim import adopt, cli, data, facts, rng, sharding, trainer
+from bitsperdim import adopt, config_files, data, facts, rng, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.facts import Facts
@@ -17,7 +17,7 @@ from flows import convert, density, imported, latents, layers
 
 
 def config_of(variant="tiny", **changes):
-    config = cli.load_config("flows_digits:tiny")
+    config = config_files.load("flows_digits:tiny")
     config.update_from_flattened_dict(changes)
     if variant == "variational":
         config.model.dequantization = {"flow": {"steps": ((1,),), "widths": (4,)}, "condition_channels": 2}
@@ -151,13 +151,13 @@ PARAMETERS = {
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_published_configs_have_as_many_parameters_as_the_released_ones(name):
     edge, count = PARAMETERS[name]
-    _, config = run_lib.parse(cli.load_config(name))
+    _, config = run_lib.parse(config_files.load(name))
     model = density.make(config.model, Facts((edge, edge, 3), 2**config.data.bits))
     assert sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))) == count
 
 
 def test_latents_of_cifar10_have_the_channels_of_the_paper():
-    _, config = run_lib.parse(cli.load_config("flows_cifar10"))
+    _, config = run_lib.parse(config_files.load("flows_cifar10"))
     shapes = density.make(config.model, Facts((32, 32, 3), 256)).latent_shapes
     assert shapes == ((16, 16, 3), (16, 16, 3), (8, 8, 6), (8, 8, 6), (4, 4, 48))
     assert layers.num_splits(config.model.flow, 1) == 2

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from bitsperdim import cli, optim
+from bitsperdim import config_files, optim
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.facts import Facts
@@ -64,7 +64,7 @@ SCHEDULES = {  # steps, start and length of the descent, last rate, clip, skip
 
 
 def parsed(name):
-    return run_lib.parse(cli.load_config(name))[1]
+    return run_lib.parse(config_files.load(name))[1]
 
 
 def model_of(name):
@@ -178,7 +178,7 @@ def test_decay_spares_heads_projections_maps_and_biases():
     ],
 )
 def test_values_that_make_no_hierarchy_are_refused_by_name(changes, message):
-    config = cli.load_config("vdvae_cifar10:c1")
+    config = config_files.load("vdvae_cifar10:c1")
     for key, value in changes.items():
         config.model[key] = value
     with pytest.raises(InputError, match=message):
@@ -186,7 +186,7 @@ def test_values_that_make_no_hierarchy_are_refused_by_name(changes, message):
 
 
 def test_temperatures_are_as_many_as_levels():
-    config = cli.load_config("vdvae_cifar10:c1")
+    config = config_files.load("vdvae_cifar10:c1")
     config.sampling.temperatures = (1.0, 0.9)
     with pytest.raises(InputError, match=r"sampling.temperatures must have 1 or 5 elements"):
         run_lib.parse(config)

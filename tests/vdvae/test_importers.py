@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from bitsperdim import adopt, archives, cli, facts, sharding, trainer
+from bitsperdim import adopt, archives, cli, config_files, facts, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from vdvae import convert, hyperparameters, importer, levels, vae
@@ -321,7 +321,7 @@ def test_entries_of_one_grid_become_levels_with_one_shared_skip_connection(secti
     values |= {"model.down_mid_filters_ratio": ratios, "model.up_mid_filters_ratio": ratios[::-1]}
     values |= {"model.down_kernel_size": kernels, "model.up_kernel_size": kernels[::-1]}
     values |= {"model.down_n_blocks_per_res": further, "model.up_n_blocks_per_res": [0] * 33}
-    published = run_lib.parse(cli.load_config("vdvae_cifar10:c1"))[1].model
+    published = run_lib.parse(config_files.load("vdvae_cifar10:c1"))[1].model
     found = hyperparameters.efficient(values, "", decays=False).model
     for key in ("strides", "layers", "skips", "shared", "blocks", "widths", "bottlenecks", "kernels", "latents"):
         assert tuple(found[key]) == getattr(published, key)

@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 
 import bitsperdim
-from bitsperdim import cli, data, extracted, sharding, trainer
+from bitsperdim import cli, config_files, data, extracted, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim import step as step_lib
 from bitsperdim.errors import InputError
@@ -25,7 +25,7 @@ DIGITS = Facts((8, 8, 1), 17)
 
 
 def digits_config():
-    config = cli.load_config("vdvae_digits:tiny")
+    config = config_files.load("vdvae_digits:tiny")
     config.train.update({"steps": 60, "log_every": 20})
     return config
 
@@ -257,7 +257,7 @@ def _randomised(params, by=0.05):
 
 @pytest.mark.slow
 def test_noise_and_loss_do_not_depend_on_micro_batches():
-    config = run_lib.parse(cli.load_config("vdvae_digits:tiny"))[1]
+    config = run_lib.parse(config_files.load("vdvae_digits:tiny"))[1]
     config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, gamma_steps=0))
     one, _, expected = gradients(config, 4)
     two, _, found = gradients(config, 4, accumulation=2)
@@ -268,7 +268,7 @@ def test_noise_and_loss_do_not_depend_on_micro_batches():
 
 def test_layers_are_balanced_over_the_global_batch():
     """The mean divergence is that of all devices' examples, not each device's own."""
-    config = run_lib.parse(cli.load_config("vdvae_digits:tiny"))[1]
+    config = run_lib.parse(config_files.load("vdvae_digits:tiny"))[1]
     # From the first step on the divergence has its whole weight, so that its balance is seen.
     config = dataclasses.replace(config, objective=ObjectiveConfig(gamma_steps=10))
     model = model_stage.make(config, DIGITS)
@@ -286,8 +286,8 @@ def test_layers_are_balanced_over_the_global_batch():
 
 
 def test_the_trunk_in_half_precision_gives_nearly_the_same_bound():
-    config = run_lib.parse(cli.load_config("vdvae_digits:tiny"))[1].model
-    image = data.open_source(run_lib.parse(cli.load_config("vdvae_digits:tiny"))[1].data, "train")
+    config = run_lib.parse(config_files.load("vdvae_digits:tiny"))[1].model
+    image = data.open_source(run_lib.parse(config_files.load("vdvae_digits:tiny"))[1].data, "train")
     image, keys = image.read(np.arange(4))["image"], jax.random.split(jax.random.key(0), 4)
     nats = {}
     for dtype in ("float32", "bfloat16"):
@@ -302,7 +302,7 @@ def test_the_trunk_in_half_precision_gives_nearly_the_same_bound():
 
 @pytest.mark.parametrize("shape", [(6, 10, 1), (8, 8, 1)])
 def test_images_that_no_product_of_strides_divides_are_padded(shape):
-    config = run_lib.parse(cli.load_config("vdvae_digits:tiny"))[1].model
+    config = run_lib.parse(config_files.load("vdvae_digits:tiny"))[1].model
     model = vae.make(config, Facts(shape, 17))
     image = np.random.default_rng(0).integers(0, 17, (2, *shape), np.uint8)
     params = vae.init(model, jax.random.key(0))
@@ -355,7 +355,7 @@ def test_a_deep_hierarchy_starts_tame_only_with_scaled_projections_of_z():
 
 
 def test_balancing_over_micro_batches_is_warned_of():
-    config = run_lib.parse(cli.load_config("vdvae_digits:tiny"))[1]
+    config = run_lib.parse(config_files.load("vdvae_digits:tiny"))[1]
     in_parts = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=4))
     assert "balanced by their divergences over each micro-batch of 4" in model_stage.stage(in_parts).warning
     assert not model_stage.stage(config).warning

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from bitsperdim import cli, evaluation, sharding, trainer
 from bitsperdim import config as config_lib
+from bitsperdim import config_files, evaluation, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.sources import Source
 from vqvae2 import prior_stage
@@ -22,7 +22,7 @@ QUICK = {"xla_backend_optimization_level": "0"}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    values = config_lib.to_plain(cli.load_config("vqvae2_photos:tiny").to_dict())
+    values = config_lib.to_plain(config_files.load("vqvae2_photos:tiny").to_dict())
     values["data"]["image_size"] = 16
     values["bottom"]["model"]["conditioning"] |= {"norm": "batch", "blocks": 2, "widths": [8, 8], "bottlenecks": [8, 8]}
     return run_lib.check(tmp_path_factory.mktemp("batch_norm") / "none", values)

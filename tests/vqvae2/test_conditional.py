@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from bitsperdim import cli, data, trainer
+from bitsperdim import config_files, data, trainer
 from bitsperdim.errors import InputError
 from vqvae2 import chain, codes
 
@@ -16,7 +16,7 @@ GRIDS = {"top": (2, 2), "bottom": (4, 4)}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, untrained):
     """Three classes, layers in bfloat16; not to be changed."""
-    config = cli.load_config("vqvae2_photos:tiny")
+    config = config_files.load("vqvae2_photos:tiny")
     config.data = {"source": "synthetic", "image_size": 16, "synthetic_size": 16, "synthetic_classes": 3}
     config.bottom.model.reading = "auto"
     for section in (config.top, config.bottom):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import bitsperdim
-from bitsperdim import cli, data, trainer
+from bitsperdim import cli, config_files, data, trainer
 from bitsperdim import config as config_lib
 from bitsperdim.errors import InputError
 from vqvae2 import codes, latents, quantizers, sampling
@@ -142,7 +142,7 @@ def test_sampled_cells_follow_the_pmf():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The whole chain of the tiny variant; not to be changed."""
-    values = config_lib.to_plain(cli.load_config("vqvae2_imagenet:table5_tiny").to_dict())
+    values = config_lib.to_plain(config_files.load("vqvae2_imagenet:table5_tiny").to_dict())
     values["data"] = {"source": "synthetic", "image_size": 16, "synthetic_size": 32}
     values["autoencoder"]["model"] |= {"dtype": "float32", "residual_layers": 1, "flip": False}
     values["top"]["model"] |= {"dtype": "float32", "remat": False, "layers": 1, "attention_every": 0, "dropout": 0.0}
@@ -179,7 +179,7 @@ def test_a_run_of_latents_samples_and_refuses_what_is_for_codes(run):
 
 
 def test_latents_of_two_levels_are_refused():
-    values = config_lib.to_plain(cli.load_config("vqvae2_photos:tiny").to_dict())
+    values = config_lib.to_plain(config_files.load("vqvae2_photos:tiny").to_dict())
     values["autoencoder"]["model"]["quantizer"] = "none"
     with pytest.raises(InputError, match=r"quantizer 'none' is for one level .* not \(4, 2\)"):
         cli.run_lib.parse(values)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import bitsperdim
-from bitsperdim import cli, data, trainer
 from bitsperdim import config as config_lib
+from bitsperdim import config_files, data, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from vqvae2 import codes
@@ -16,7 +16,7 @@ from vqvae2 import codes
 
 def train(tmp_path_factory, strides):
     """What costs compilation and is the same at any number of levels is left out: colours, attention, BatchNorm."""
-    config = cli.load_config("vqvae2_ffhq:tiny")
+    config = config_files.load("vqvae2_ffhq:tiny")
     config.data = {"source": "synthetic", "image_size": 16, "synthetic_size": 16}
     values = config_lib.to_plain(config.to_dict())
     values["autoencoder"]["model"] |= {"strides": strides, "residual_layers": 1, "dtype": "float32"}
@@ -80,14 +80,14 @@ def test_every_level_has_its_pictures(run):
     ],
 )
 def test_sections_that_do_not_fit_the_strides_are_named(strides, message):
-    values = config_lib.to_plain(cli.load_config("vqvae2_photos:tiny").to_dict())
+    values = config_lib.to_plain(config_files.load("vqvae2_photos:tiny").to_dict())
     values["autoencoder"]["model"]["strides"] = strides
     with pytest.raises(InputError, match=message):
         run_lib.parse(values)
 
 
 def test_four_levels_share_the_section_of_the_middle_ones():
-    values = config_lib.to_plain(cli.load_config("vqvae2_ffhq:tiny").to_dict())
+    values = config_lib.to_plain(config_files.load("vqvae2_ffhq:tiny").to_dict())
     values["autoencoder"]["model"]["strides"] = (4, 2, 2, 2)
     _, config = run_lib.parse(values)
     assert config.levels == ("top", "middle_1", "middle_2", "bottom")

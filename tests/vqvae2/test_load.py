@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 import bitsperdim
-from bitsperdim import cli, data, sharding, trainer
+from bitsperdim import cli, config_files, data, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from vqvae2 import autoencoder_stage, codes, facts
@@ -20,7 +20,7 @@ CHOSEN = 37 * np.arange(40)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, untrained):
     """A complete run of random weights; not to be changed. Its data set is at hand while it is made and no longer."""
-    config = cli.load_config("vqvae2_photos:tiny")
+    config = config_files.load("vqvae2_photos:tiny")
     config.data.image_size = 16
     return untrained(tmp_path_factory.mktemp("load") / "run", config)
 
@@ -201,7 +201,7 @@ def test_without_priors_it_encodes_and_names_what_sampling_lacks(run, tmp_path, 
 
 def test_weights_of_a_later_stage_that_do_not_fit_are_refused_before_the_first_is_trained(run, tmp_path, monkeypatch):
     monkeypatch.undo()  # a new run sees its data
-    config = cli.load_config("vqvae2_photos:tiny")
+    config = config_files.load("vqvae2_photos:tiny")
     config.data.image_size = 16
     config.bottom.model.hidden *= 2
     with pytest.raises(InputError, match=r"run/bottom/checkpoints/00000006, but should be .*; leave out --init_from"):

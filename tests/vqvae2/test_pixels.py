@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitsperdim import cli, data, distributions, trainer
+from bitsperdim import cli, config_files, data, distributions, trainer
 from bitsperdim import config as config_lib
 from bitsperdim.errors import InputError
 from vqvae2 import chain, codes
@@ -19,7 +19,7 @@ VALUES = 3  # levels of the images
 
 def small():
     """Grey images of 8x8 pixels and three levels, with one map of 2x2 codes."""
-    values = config_lib.to_plain(cli.load_config("vqvae2_photos:tiny").to_dict())
+    values = config_lib.to_plain(config_files.load("vqvae2_photos:tiny").to_dict())
     values["data"] = {"source": "synthetic", "image_size": 8, "synthetic_size": 32}
     values["data"] |= {"synthetic_channels": 1, "synthetic_levels": VALUES}
     values["autoencoder"]["model"] |= {"strides": (4,), "residual_layers": 1, "flip": False, "num_codes": 4}

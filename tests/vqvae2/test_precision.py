@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitsperdim import cli, data
 from bitsperdim import config as config_lib
+from bitsperdim import config_files, data
 from bitsperdim import run as run_lib
 from vqvae2 import autoencoder_stage, chain, facts, prior_stage, quantizer
 
@@ -24,7 +24,7 @@ def make(tmp_path_factory):
     """`make(stage, values)` -> run and model of a tiny stage with some values of its network replaced."""
 
     def built(stage, values=()):
-        config = config_lib.to_plain(cli.load_config("vqvae2_photos:tiny").to_dict())
+        config = config_lib.to_plain(config_files.load("vqvae2_photos:tiny").to_dict())
         config["data"]["image_size"] = 16
         config[stage]["model"] |= dict(values)
         run = run_lib.check(tmp_path_factory.mktemp("run") / "none", config)

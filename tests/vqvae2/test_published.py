@@ -6,8 +6,8 @@ import runpy
 
 import pytest
 
-from bitsperdim import cli, optim
 from bitsperdim import config as config_lib
+from bitsperdim import config_files, optim
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from vqvae2.config import PriorConfig
@@ -35,7 +35,7 @@ IMAGES = 1_281_167
 
 
 def load(name):
-    return run_lib.parse(cli.load_config(f"vqvae2_{name}"))[1]
+    return run_lib.parse(config_files.load(f"vqvae2_{name}"))[1]
 
 
 def sizes(section):
@@ -141,7 +141,7 @@ def test_a_prior_that_cannot_be_is_refused_by_name(values, message):
     ],
 )
 def test_codes_above_need_a_section_for_them_and_no_others_have_one(level, conditioning, message):
-    values = config_lib.to_plain(cli.load_config("vqvae2_photos:tiny").to_dict())
+    values = config_lib.to_plain(config_files.load("vqvae2_photos:tiny").to_dict())
     values[level]["model"]["conditioning"] = conditioning
     with pytest.raises(InputError, match=message.replace(".", r"\.")):
         run_lib.parse(values)
@@ -158,7 +158,7 @@ def sizes_script(monkeypatch):
 def test_the_table_of_sizes_has_every_config_and_refuses_names_that_there_are_not(sizes_script):
     choose, published = sizes_script["chosen"], dict(sizes_script["published"]())
     names = {name.split(":")[0] for name in published}
-    assert names == {name for name in cli.config_names() if name.startswith("vqvae2_")}
+    assert names == {name for name in config_files.names() if name.startswith("vqvae2_")}
     assert choose(["vqvae2_ffhq"], ["middle", "bottom"]) == [("vqvae2_ffhq", ["middle", "bottom"])]
     assert choose(None, None) == [(name, list(stages)) for name, stages in published.items()]
     with pytest.raises(InputError, match="there is no config 'vqvae2_fhq' here; did you mean 'vqvae2_ffhq'"):

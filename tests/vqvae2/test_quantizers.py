@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import bitsperdim
-from bitsperdim import cli, trainer
+from bitsperdim import cli, config_files, trainer
 from bitsperdim import config as config_lib
 from bitsperdim.errors import InputError
 from vqvae2 import fsq, quantizer, quantizers
@@ -194,7 +194,7 @@ def test_a_kmeans_start_is_the_same_over_micro_batches_and_devices(clusters):
 
 def one_level(**model):
     """The smallest run with all its stages, of 4x4 codes."""
-    config = cli.load_config("vqvae2_photos:tiny")
+    config = config_files.load("vqvae2_photos:tiny")
     values = config_lib.to_plain(config.to_dict())
     del values["bottom"]
     values["data"] = {"source": "synthetic", "image_size": 16, "synthetic_size": 32}

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bitsperdim import cli
+from bitsperdim import config_files
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 
@@ -23,7 +23,7 @@ def evaluated(tmp_path):
     """`evaluated("small", num_codes, measured)` -> a run of 32x32 images whose evaluation.json says so."""
 
     def make(name, num_codes, measured, images=100, source=None):
-        config = cli.load_config("vqvae2_photos:tiny")
+        config = config_files.load("vqvae2_photos:tiny")
         config.autoencoder.model.num_codes = num_codes
         run = run_lib.check(tmp_path / name, config)
         run_lib.create(run)

@@ -12,7 +12,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 import bitsperdim
-from bitsperdim import cli, metrics, trained, trainer, warm_start
+from bitsperdim import cli, config_files, metrics, trained, trainer, warm_start
 from bitsperdim import run as run_lib
 from bitsperdim.checkpoint import Checkpoints
 
@@ -57,7 +57,7 @@ def local_checkpoints(tmp_path, monkeypatch):
 
 
 def tiny_config(cache_dir):
-    config = cli.load_config("vqvae2_photos:tiny")
+    config = config_files.load("vqvae2_photos:tiny")
     config.data.image_size, config.data.cache_dir = 16, str(cache_dir)
     for stage in (config.autoencoder, config.top, config.bottom):
         stage.train.log_every = 2

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitsperdim import cli, rng, sharding
+from bitsperdim import config_files, rng, sharding
 from bitsperdim import run as run_lib
 from vqvae2 import chain as chain_lib
 from vqvae2 import sampling
@@ -49,7 +49,7 @@ def test_noise_differs_between_positions():
 
 def test_noise_differs_between_levels(tmp_path):
     """Under weights of zero a code is where the largest of its noise is, whatever the level."""
-    run = run_lib.check(tmp_path, cli.load_config("vqvae2_photos:tiny"))
+    run = run_lib.check(tmp_path, config_files.load("vqvae2_photos:tiny"))
     facts = {"shape": [16, 16, 3], "levels": 256, "num_classes": 0, "variance": 0.3}
     run_lib.write_json(run.folder("autoencoder") / "data.json", facts)
     mesh, drawn = sharding.make_mesh(run.config.mesh), {}

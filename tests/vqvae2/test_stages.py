@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from bitsperdim import cli, data, evaluation, extracted, metrics, optim, records, sharding, state, trainer
+from bitsperdim import cli, config_files, data, evaluation, extracted, metrics, optim, records, sharding, state, trainer
 from bitsperdim import config as config_lib
 from bitsperdim import run as run_lib
 from bitsperdim import step as step_lib
@@ -29,7 +29,7 @@ GRIDS = {"top": (2, 2), "bottom": (4, 4)}
 
 
 def tiny_config():
-    config = cli.load_config("vqvae2_photos:tiny")
+    config = config_files.load("vqvae2_photos:tiny")
     config.data.image_size = 16
     config.codes.batch_size = 250  # divides neither split
     return config
