@@ -18,6 +18,7 @@ from arm_forecast.autoencoder import Autoencoder
 from arm_forecast.config import Config
 from bitsperdim import batch_norm, data, dequantize, images, likelihood
 from bitsperdim.errors import InputError
+from bitsperdim.facts import check_images
 from bitsperdim.model import Aux, Batch, Model, Pictures, Stage
 from bitsperdim.run import Run
 
@@ -128,7 +129,7 @@ def coder(run: Run) -> Coder:
         return to_picture(net.apply({"params": params, **extra}, codes, method="decode"), about.levels)  # pyright: ignore
 
     def encode(params, extra, images):
-        images = check_images(images, about.shape, about.levels)
+        images = check_images(images, about)
         return np.asarray(encoded(params, extra, images))
 
     def decode(params, extra, codes):
@@ -142,17 +143,6 @@ def coder(run: Run) -> Coder:
         return np.asarray(decoded(params, extra, codes))
 
     return Coder(encode, decode)
-
-
-def check_images(images: np.ndarray, shape: tuple[int, ...], levels: int) -> UInt8[np.ndarray, "n h w c"]:
-    """Raises InputError where these are not images of the run."""
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.shape[1:] != tuple(shape) or images.max(initial=0) >= levels:
-        raise InputError(
-            f"images must be uint8 {['n', *shape]} with levels below {levels}, "
-            f"not {images.dtype} {list(images.shape)} up to {images.max(initial=0)}"
-        )
-    return images
 
 
 def _pictures(run: Run) -> Pictures:

@@ -19,6 +19,7 @@ from arm_forecast.pixelcnn import Grid
 from arm_forecast.samplers import Arm, Samples
 from bitsperdim import sharding, trainer
 from bitsperdim.errors import InputError
+from bitsperdim.facts import check_images
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
 
@@ -133,7 +134,7 @@ def _log_prob(run: Run, arm: Callable[[], Arm], latent: bool) -> Callable[..., F
                 "(evaluate.py reports that rate beside the distortion)"
             )
         about = facts.of_run(run)
-        images = autoencoder_stage.check_images(images, about.shape, about.levels)
+        images = check_images(images, about)
         size = min(max(len(images), 1), run.config.arm.train.batch_size)
         padded = np.concatenate([images, np.zeros((-len(images) % size, *about.shape), np.uint8)])
         parts = [

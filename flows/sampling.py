@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Key, PyTree, UInt8
 from bitsperdim import dequantize, facts, rng, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
-from bitsperdim.facts import Facts
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
 from flows import bounds, density, stage
@@ -61,11 +60,11 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         chunk = config.model.chunk
         if samples < 1 or (samples > chunk and samples % chunk):
             raise InputError(f"samples must be at most {chunk} (model.chunk), or a multiple of it, not {samples}")
-        return in_batches(lambda x, keys: nats(params(), x, keys, samples), checked(images, about), key)
+        return in_batches(lambda x, keys: nats(params(), x, keys, samples), facts.check_images(images, about), key)
 
     def encode(images: UInt8[np.ndarray, "n h w c"], key: Key[Array, ""] | None = None) -> tuple[np.ndarray, ...]:
         """The latents of the images with one draw of their noise, from the first split off to the top."""
-        return in_batches(lambda x, keys: encoded(params(), x, keys), checked(images, about), key)
+        return in_batches(lambda x, keys: encoded(params(), x, keys), facts.check_images(images, about), key)
 
     def decode(latents: Latents) -> UInt8[np.ndarray, "n h w c"]:
         given = _checked_latents(latents, model.latent_shapes)
@@ -100,7 +99,9 @@ def load(run: Run, mesh: Mesh) -> Loaded:
     def reconstruct(images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
         """Encoded and decoded again: equal to the images while the round trip is exact to within the noise, for a flow
         is a bijection. Where it is not, the largest error is said."""
-        found, errors = in_batches(lambda x, keys: round_trip(params(), x, keys), checked(images, about), None)
+        found, errors = in_batches(
+            lambda x, keys: round_trip(params(), x, keys), facts.check_images(images, about), None
+        )
         if (found != images).any():
             run_lib.say(f"warning: reconstructions differ; the largest round-trip error is {errors.max():.2g} levels")
         return found
@@ -120,17 +121,6 @@ def _largest_difference(some: Latents, others: Latents) -> Float[Array, " b"]:
     """Over all arrays, of each example."""
     each = [jnp.abs(one - other).max((1, 2, 3)) for one, other in zip(some, others, strict=True)]
     return jnp.stack(each).max(0)
-
-
-def checked(images: UInt8[np.ndarray, "n h w c"], about: Facts) -> UInt8[np.ndarray, "n h w c"]:
-    """The images, or InputError where they are not such as the run was trained on."""
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.shape[1:] != about.shape or images.max(initial=0) >= about.levels:
-        raise InputError(
-            f"images must be uint8 {['n', *about.shape]} with levels below {about.levels}, "
-            f"not {images.dtype} {list(images.shape)} up to {images.max(initial=0)}"
-        )
-    return images
 
 
 def _checked_latents(latents: Latents, shapes: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, ...]:

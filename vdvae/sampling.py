@@ -29,6 +29,7 @@ def load(run: Run, mesh: Mesh) -> Loaded:
     """What can be done with a trained run. Its weights are restored when they are first needed."""
     model = vae.make(run.config.model, facts.of_run(run))
     params = functools.cache(lambda: trainer.restore(run, "model", mesh)[1]["ema"])
+    check = lambda images: facts.check_images(images, model.facts)
     in_batches = functools.partial(_in_batches, mesh=mesh, size=run.config.sampling.batch_size)
     sample = jax.jit(functools.partial(coding.sampled, model))
     encoded = jax.jit(functools.partial(coding.encoded, model))
@@ -48,7 +49,7 @@ def load(run: Run, mesh: Mesh) -> Loaded:
     ) -> Float[np.ndarray, " n"]:
         """A lower bound of log p(x) in nats: one draw of z, or with more samples the importance-weighted bound."""
         keys = rng.per_example(jax.random.key(0) if key is None else key, jnp.arange(len(images)))
-        rows = {"image": _checked(model, images), "keys": keys}
+        rows = {"image": check(images), "keys": keys}
         if samples > 1:
             return -in_batches(lambda rows: weighted(params(), rows["image"], rows["keys"], samples), rows)
         return -in_batches(lambda rows: bound(params(), rows["image"], rows["keys"]), rows)
@@ -73,7 +74,7 @@ def load(run: Run, mesh: Mesh) -> Loaded:
 
     def encode(images: UInt8[np.ndarray, "n h w c"], key: Key[Array, ""] | None = None) -> Latents:
         """The latents of every layer, the first drawn first: means of the posteriors, with a key a draw from them."""
-        images = _checked(model, images)
+        images = check(images)
         if key is None:
             return in_batches(lambda rows: encoded(params(), rows), images)
         rows = {"image": images, "keys": rng.per_example(key, jnp.arange(len(images)))}
@@ -99,7 +100,7 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         one: UInt8[np.ndarray, "n h w c"], other: UInt8[np.ndarray, "n h w c"], share: float
     ) -> UInt8[np.ndarray, "n h w c"]:
         """Images `share` of the way from the reconstruction of one to that of the other (`coding.interpolated`)."""
-        rows = (_checked(model, one), _checked(model, other))
+        rows = (check(one), check(other))
         if len(rows[0]) != len(rows[1]):
             raise InputError(f"images to interpolate between must be as many, not {len(one)} and {len(other)}")
         return in_batches(lambda rows: between(params(), *rows, share), rows)
@@ -111,7 +112,7 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         draw=draw,
         encode=encode,
         decode=decode,
-        reconstruct=lambda images: in_batches(lambda rows: reconstruct(params(), rows), _checked(model, images)),
+        reconstruct=lambda images: in_batches(lambda rows: reconstruct(params(), rows), check(images)),
         interpolate=interpolate,
         decode_stored=functools.partial(latent_store.decode, run, mesh),
     )
@@ -134,16 +135,6 @@ def _temperatures(config: Config, given: float | Sequence[float] | Mapping[str, 
             f"temperature must be at least 0, one number or one for each of {len(names)} levels, not {given}"
         )
     return values * len(names) if len(values) == 1 else values
-
-
-def _checked(model: Vae, images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
-    images, (shape, most) = np.asarray(images), model.facts
-    if images.dtype != np.uint8 or images.shape[1:] != tuple(shape) or images.max(initial=0) >= most:
-        raise InputError(
-            f"images must be uint8 {['n', *shape]} with levels below {most}, "
-            f"not {images.dtype} {list(images.shape)} up to {images.max(initial=0)}"
-        )
-    return images
 
 
 def _checked_latents(model: Vae, latents: Sequence[Float[np.ndarray, "n h w z"] | None]) -> tuple[Latents, list[bool]]:
