@@ -6,8 +6,10 @@ collectives. The same config runs on any number of devices, only `mesh` changes.
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -77,6 +79,19 @@ def over_batch(mesh: Mesh) -> NamedSharding:
 def whole_batch(batch_size: int, mesh: Mesh) -> int:
     """The batch size rounded up to a multiple of the devices, for work that pads its last batch anyway."""
     return -(-batch_size // mesh.size) * mesh.size
+
+
+def in_batches(function: Callable[[PyTree], PyTree], rows: PyTree, mesh: Mesh, size: int) -> PyTree:
+    """`function` of at most `size` rows at a time, over all devices; its rows, as numpy."""
+    count = len(jax.tree.leaves(rows)[0])
+    size = whole_batch(min(size, max(count, 1)), mesh)
+    parts = []
+    for start in range(0, max(count, 1), size):
+        # The last batch is filled up: another size would be another program to compile.
+        places = np.minimum(np.arange(start, start + size), max(count - 1, 0))
+        batch = jax.tree.map(lambda leaf, places=places: leaf[places], rows)
+        parts.append(jax.device_get(function(jax.device_put(batch, over_batch(mesh)))))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -71,15 +71,10 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         return in_batches(lambda z, _: decoded(params(), z), given, None)
 
     def in_batches(function: Callable, rows: PyTree, key: Key[Array, ""] | None) -> Any:
-        """`function(rows, keys)` of at most `size` rows at a time; the last batch is filled up."""
-        rows = jax.tree.map(np.asarray, rows)
+        """`function(rows, keys)`, each row with a key of its own, in batches."""
         count = len(jax.tree.leaves(rows)[0])
-        each, found = min(size, max(count, 1)), []
-        for start in range(0, max(count, 1), each):
-            places = np.minimum(np.arange(start, start + each), count - 1)
-            keys = rng.per_example(rng.for_purpose(default_key if key is None else key, "noise"), jnp.asarray(places))
-            found.append(jax.device_get(function(jax.tree.map(lambda leaf, at=places: leaf[at], rows), keys)))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *found)
+        keys = rng.per_example(rng.for_purpose(default_key if key is None else key, "noise"), jnp.arange(count))
+        return sharding.in_batches(lambda both: function(*both), (rows, keys), mesh, size)
 
     def draw(
         key: Key[Array, ""], n: int, temperature: float = config.sampling.temperature, batch_size: int = size
@@ -87,21 +82,17 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         """Also the round-trip error: by how much latents differ, at most, from those of the image that they became."""
         if not 0 <= temperature < math.inf:
             raise InputError(f"temperature must be finite and at least 0, not {temperature}")
-        each, found, errors = sharding.whole_batch(min(batch_size, n), mesh), [], []
-        for start in range(0, n, each):
-            position = jax.device_put(np.arange(start, start + each), sharding.over_batch(mesh))
-            images, error = jax.device_get(sampled(params(), key, position, jnp.asarray(temperature, float)))
-            found.append(images)
-            errors.append(error)
-        about_it = {"temperature": temperature, "batch_size": each}
-        return np.concatenate(found)[:n], about_it | {"round_trip_error": float(np.concatenate(errors)[:n].max())}
+        drawn = lambda position: sampled(params(), key, position, jnp.asarray(temperature, float))
+        images, errors = sharding.in_batches(drawn, np.arange(n), mesh, batch_size)
+        each = sharding.whole_batch(min(batch_size, n), mesh)
+        about_it = {"temperature": temperature, "batch_size": each, "round_trip_error": float(errors.max())}
+        return images, about_it
 
     def reconstruct(images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
         """Encoded and decoded again: equal to the images while the round trip is exact to within the noise, for a flow
         is a bijection. Where it is not, the largest error is said."""
-        found, errors = in_batches(
-            lambda x, keys: round_trip(params(), x, keys), facts.check_images(images, about), None
-        )
+        images = facts.check_images(images, about)
+        found, errors = in_batches(lambda x, keys: round_trip(params(), x, keys), images, None)
         if (found != images).any():
             run_lib.say(f"warning: reconstructions differ; the largest round-trip error is {errors.max():.2g} levels")
         return found

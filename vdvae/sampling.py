@@ -5,7 +5,7 @@ Not here: the mathematics of them (`coding.py`).
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ def load(run: Run, mesh: Mesh) -> Loaded:
     model = vae.make(run.config.model, facts.of_run(run))
     params = functools.cache(lambda: trainer.restore(run, "model", mesh)[1]["ema"])
     check = lambda images: facts.check_images(images, model.facts)
-    in_batches = functools.partial(_in_batches, mesh=mesh, size=run.config.sampling.batch_size)
+    in_batches = functools.partial(sharding.in_batches, mesh=mesh, size=run.config.sampling.batch_size)
     sample = jax.jit(functools.partial(coding.sampled, model))
     encoded = jax.jit(functools.partial(coding.encoded, model))
     decoded = jax.jit(functools.partial(coding.decoded, model))
@@ -154,16 +154,3 @@ def _checked_latents(model: Vae, latents: Sequence[Float[np.ndarray, "n h w z"] 
         if z.shape != (count, *shape):
             raise InputError(f"latents of layer {layer} must be {['n', *shape]}, not {list(z.shape)}")
     return found, known
-
-
-def _in_batches(function: Callable[[PyTree], PyTree], rows: PyTree, mesh: Mesh, size: int) -> PyTree:
-    """`function` of at most `size` rows at a time over all devices, as numpy."""
-    count = len(jax.tree.leaves(rows)[0])
-    size = sharding.whole_batch(min(size, max(count, 1)), mesh)
-    parts = []
-    for start in range(0, max(count, 1), size):
-        # The last batch is filled up: another size would be another program to compile.
-        places = np.minimum(np.arange(start, start + size), max(count - 1, 0))
-        batch = jax.tree.map(lambda leaf, places=places: leaf[places], rows)
-        parts.append(jax.device_get(function(jax.device_put(batch, sharding.over_batch(mesh)))))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
