@@ -76,7 +76,9 @@ def convolve(
     """y[i, j] = sum_kl x[i + k - before_0, j + l - before_1] w[k, l], zeros outside, of the size of x.
 
     On CPUs as one matrix product: XLA's convolutions are up to 2.4 times slower at the gradients of these shapes, and
-    an order of magnitude inside a scan. Patches are gathered on whichever side has fewer channels.
+    an order of magnitude inside a scan. Patches are gathered on whichever side has fewer channels. (With
+    `bitsperdim.convolution`, made for more channels, a step of MaCow takes as long, and one of reversible Glow 11 %
+    longer.)
     """
     height, width, inputs, outputs = kernel.shape
     if jax.default_backend() != "cpu":
