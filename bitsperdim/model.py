@@ -49,6 +49,9 @@ class Model(NamedTuple):
     measure: Callable[[PyTree, PyTree, Batch, Key[Array, ""]], Aux]  # masked examples count in no tally
     summarize: Callable[[dict[str, float], PyTree], dict[str, float]]  # means of the parts, tallies -> logged figures
     update_extra: Callable[[PyTree, PyTree, Key[Array, ""], Int[Array, ""]], PyTree] = lambda extra, *_: extra
+    # Of the arguments of `loss`, means over a batch that it must know before it sees a part: under accumulation `loss`
+    # finds those over all micro-batches as batch["whole_batch"]
+    whole_batch: Callable[[PyTree, PyTree, Batch, Key[Array, ""], Int[Array, ""]], PyTree] | None = None
 
 
 class Stage(NamedTuple):

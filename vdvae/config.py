@@ -120,8 +120,8 @@ class ObjectiveConfig:
     kl_steps: int = 0  # beta rises linearly for as many steps (and `kl_start` more); 0: it is 1
     kl_start: int = 21  # before it beta is `kl_least`
     kl_least: float = 1e-4
-    # gamma balances the layers up to this step; 0: never. KL_l is the mean over the global batch, but under
-    # accumulation over each micro-batch, since the weights must be known before gradients are summed.
+    # gamma balances the layers up to this step; 0: never. KL_l is the mean over the global batch, for which
+    # accumulation needs a forward pass more as long.
     gamma_steps: int = 0
 
     def __post_init__(self) -> None:

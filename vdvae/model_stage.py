@@ -37,18 +37,6 @@ def stage(config: Config) -> Stage:
         optim=config.optim,
         settings=config.train,
         remarks=lambda run, step, figures: remarks(config.objective, step, figures),
-        warning=_warning(config),
-    )
-
-
-def _warning(config: Config) -> str:
-    parts, last = config.train.accumulation, config.objective.gamma_steps
-    if parts == 1 or not last:
-        return ""
-    return (
-        f"accumulation={parts}: up to update {last:,} the layers are balanced by their divergences over each "
-        f"micro-batch of {config.train.batch_size // parts}, not over the whole batch; objective.gamma_steps=0 "
-        "balances nothing"
     )
 
 
@@ -64,21 +52,31 @@ def make(config: Config, facts: Facts) -> Model:
         keys = rng.per_example(rng.for_purpose(key, "latents"), position)
         return vae.bound(model, params, image, keys)
 
-    def loss(params: PyTree, extra: PyTree, batch: Batch, key: Array, step: Array) -> tuple[Array, Aux]:
+    def augmented(params: PyTree, batch: Batch, key: Array) -> tuple[Array, Array]:
         image = batch["image"]
         if config.model.flip:
             image = augment.flip(rng.per_example(rng.for_purpose(key, "flip"), batch["position"]), image)
-        reconstruction, kl = forward(params, image, key, batch["position"])
+        return forward(params, image, key, batch["position"])
+
+    def loss(params: PyTree, extra: PyTree, batch: Batch, key: Array, step: Array) -> tuple[Array, Aux]:
+        reconstruction, kl = augmented(params, batch, key)
         update = step + 1  # the number of the update that is being taken, as the published schedules count
-        weights = beta(objective, update) * gamma(objective, update, kl.mean(1), sizes)
+        balanced_by = batch["whole_batch"] if "whole_batch" in batch else kl.mean(1)
+        weights = beta(objective, update) * gamma(objective, update, balanced_by, sizes)
         value = (reconstruction.mean() + (weights * kl.mean(1)).sum()) / model.num_dims
         return value, Aux(_parts(model, reconstruction, kl), (), ())
+
+    def divergences(params: PyTree, extra: PyTree, batch: Batch, key: Array, step: Array) -> Array:
+        found = lambda: augmented(params, batch, key)[1].mean(1)
+        return jax.lax.cond(step < objective.gamma_steps, found, lambda: jnp.zeros_like(sizes))
 
     def measure(params: PyTree, extra: PyTree, batch: Batch, key: Array) -> Aux:
         return Aux(_parts(model, *forward(params, batch["image"], key, batch["position"])), (), ())
 
     init = lambda key: (vae.init(model, key), {})
-    return Model(init, loss, measure, lambda means, tallies: means)
+    # Under accumulation the balance takes a pass more, as long as there is one.
+    whole_batch = divergences if objective.gamma_steps else None
+    return Model(init, loss, measure, lambda means, tallies: means, whole_batch=whole_batch)
 
 
 def evaluated(config: Config, facts: Facts) -> Model:

@@ -200,6 +200,23 @@ def test_objective_parts_and_statistics_run_over_all_micro_batches(stepper, accu
     np.testing.assert_allclose(after["extra"]["seen"], rows.sum(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+def test_a_loss_knows_means_over_all_micro_batches(accumulation):
+    def loss(params, extra, batch, key, step):
+        values = batch["c"] @ params["w"]
+        weight = batch["whole_batch"] if "whole_batch" in batch else values.mean()
+        return jax.lax.stop_gradient(weight) * values.mean(), Aux({}, (), ())
+
+    model = LINEAR._replace(loss=loss, whole_batch=lambda params, extra, batch, *_: (batch["c"] @ params["w"]).mean())
+    rows = np.random.default_rng(0).normal(size=(BATCH, 2)).astype(np.float32)
+    state = {"params": {"w": jnp.asarray(START)}, "extra": {}, "step": 0}
+    places = {"w": state["params"]["w"].sharding}
+    objective, _, gradients = step_lib._gradients(model, accumulation, state, {"c": jnp.asarray(rows)}, None, places)
+    mean = (rows @ START).mean()
+    np.testing.assert_allclose(objective, mean**2, rtol=1e-5)
+    np.testing.assert_allclose(gradients["w"], mean * rows.mean(0), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
