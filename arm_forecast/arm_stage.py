@@ -26,6 +26,7 @@ def stage(config: Config) -> Stage:
         needs=("autoencoder", "codes") if latent else (),
         model=lambda run: make(config.arm, facts.grid(run), "codes" if latent else "image"),
         source=_source,
+        example=_example if latent else None,
         pictures=pictures.of_arm,
         facts=None if latent else lambda run: facts.of_run(run)._asdict(),
         optim=config.arm.optim,
@@ -37,6 +38,11 @@ def _source(run: Run, split: str) -> Source:
     if run.config.autoencoder is not None:
         return codes.open_codes(run, split)
     return data.open_source(run.config.data, split)
+
+
+def _example(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    grid = facts.grid(run)
+    return {"codes": jax.ShapeDtypeStruct((grid.height, grid.width, grid.channels), jnp.int32)}
 
 
 def make(config: ArmStageConfig, grid: Grid, field: str) -> Model:

@@ -41,6 +41,7 @@ def stage(config: Config) -> Stage:
         needs=("arm", "pairs"),
         model=make,
         source=_source,
+        example=_example,
         begin=_trained_arm,
         pictures=_pictures,
         optim=config.modules.optim,
@@ -92,6 +93,12 @@ def _source(run: Run, split: str) -> Source:
     shape = (grid.height, grid.width, grid.channels)
     origin = extracted.origin(run, PAIRS)
     return Source(f"pairs of {split}", len(arrays["x"]), shape, grid.values, 0, read, fingerprint=origin)
+
+
+def _example(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    grid = facts.grid(run)
+    x = jax.ShapeDtypeStruct((grid.height, grid.width, grid.channels), jnp.uint8)
+    return {"x": x, "id": jax.ShapeDtypeStruct((), jnp.int32)}
 
 
 def make(run: Run) -> Model:

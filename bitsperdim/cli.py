@@ -33,6 +33,7 @@ from bitsperdim import (
     images,
     metrics,
     neighbours,
+    plan,
     rejection,
     sampler_table,
     sharding,
@@ -63,6 +64,10 @@ def train() -> None:
       --workdir=FOLDER          the run's folder; default runs/NAME-VARIANT
       --stage=STAGE             this stage alone; latents of a very deep VAE, a data set as latents, runs only so
       --init_from=RUN           begin with the weights of another run
+      --plan=DEVICES            train nothing: parameters, memory, arithmetic and traffic of a step on so many devices
+      --chip=NAME               of the plan: does it fit, how long is a step; v3 v4 v5e v5p a100 h100, or its peak
+                                figures as TFLOPS:GIB:GB_PER_SECOND
+      --plan_out=FILE           the plan's figures, a JSON line a stage, added to it
       --traceback               show where an error comes from
     """
     _script(_train, train.__doc__)
@@ -140,7 +145,16 @@ def _train(argv: list[str]) -> None:
     flags.DEFINE_string("workdir", "", "Run folder; default runs/<config>-<variant>.", flag_values=values)
     flags.DEFINE_string("stage", "", "Train this stage alone.", flag_values=values)
     flags.DEFINE_string("init_from", "", "Run whose weights new stages start with.", flag_values=values)
+    flags.DEFINE_integer("plan", None, "Devices to plan for.", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("chip", "", "Of the plan.", flag_values=values)
+    flags.DEFINE_string("plan_out", "", "File for the plan.", flag_values=values)
     _parse(values, argv)
+    if values.plan is not None:
+        plan.write(values.config, values.plan, values.chip, values.stage, values.plan_out)
+        return
+    for flag in ("chip", "plan_out"):
+        if values[flag].value:
+            raise InputError(f"--{flag} belongs to a plan; give --plan=DEVICES too")
     trainer.train(values.config, values.workdir or _default_workdir(name), values.stage, values.init_from)
 
 

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bitsperdim import sharding
+
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 Padding = str | Sequence[tuple[int, int]]  # 'SAME', 'VALID' or (before, after) of both axes
 
@@ -37,7 +39,7 @@ def convolve(
 
     `precision` is that of an accelerator's products.
     """
-    if jax.default_backend() != "cpu":
+    if sharding.platform() != "cpu":
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT, precision=precision)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)

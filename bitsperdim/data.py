@@ -93,7 +93,8 @@ class DataConfig:
         if self.source != "folder":
             _check_not_given(self, ["test_fraction"])
         if self.source not in STORED:
-            _check_not_given(self, PREPARATION)
+            edges = ("image_height", "image_width") if self.source == "synthetic" else ()  # noise has any shape
+            _check_not_given(self, [key for key in PREPARATION if key not in edges])
         _check_target(self)
         _check_preparation(self)
         if not 1 <= self.bits <= 8:
@@ -127,7 +128,7 @@ def _check_target(config: DataConfig) -> None:
     """The size of the images."""
     if config.image_size < 0:
         raise ValueError(f"image_size must be 0 (as stored) or an edge in pixels, not {config.image_size}")
-    if config.source in ("photos", "synthetic") and config.image_size == 0:
+    if config.source in ("photos", "synthetic") and config.image_size == config.image_height == 0:
         raise ValueError(f"image_size must be given for the source '{config.source}', not 0")
     if config.source == "digits" and config.image_size not in (0, 8):
         raise ValueError(f"image_size must be 0 or 8 for the source 'digits', not {config.image_size}")
@@ -172,7 +173,8 @@ def _open_at_full_depth(config: DataConfig, split: str) -> Source:
     if config.source == "digits":
         return sources.digits(split)
     if config.source == "synthetic":
-        shape = (config.image_size, config.image_size, config.synthetic_channels)
+        height, width = config.image_height or config.image_size, config.image_width or config.image_size
+        shape = (height, width, config.synthetic_channels)
         size, levels, num_classes = config.synthetic_size, config.synthetic_levels, config.synthetic_classes
         return sources.synthetic(split, size, shape, levels, num_classes)
     preparation, storage = _preparation(config), _storage(config, split)

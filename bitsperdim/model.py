@@ -67,6 +67,8 @@ class Stage(NamedTuple):
     model: Callable[["Run"], Model] | None = None
     evaluated: Callable[["Run"], Model] | None = None  # the same with a more thorough `measure`, for evaluate.py
     source: Callable[["Run", str], "Source"] | None = None  # (run, 'train' | 'evaluation' | another split to measure)
+    # Shapes and types of one example, where `source` opens what an earlier stage has to extract first
+    example: Callable[["Run"], dict[str, Any]] | None = None
     pictures: Callable[["Run", Mesh], Pictures] | None = None
     begin: Callable[["Run", Mesh], dict[str, PyTree]] | None = None  # entries of a new state that are not fresh
     facts: Callable[["Run"], dict[str, Any]] | None = None  # of the data (shape, levels, ...): kept in STAGE/data.json

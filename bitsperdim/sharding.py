@@ -4,9 +4,11 @@ One idiom serves one core and a pod: `jax.jit` over global arrays with a `NamedS
 collectives. The same config runs on any number of devices, only `mesh` changes.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -14,6 +16,24 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from bitsperdim.errors import InputError
+
+
+_PLANNED: contextvars.ContextVar[str] = contextvars.ContextVar("planned", default="")
+
+
+def platform() -> str:
+    """What programs are made for: 'cpu', 'gpu' or 'tpu'."""
+    return _PLANNED.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def made_for(name: str) -> Iterator[None]:
+    """Programs that are traced in here are those of another platform: to find out what they will take there."""
+    token = _PLANNED.set(name)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,13 +49,38 @@ def open_tfds(
     folder = find(name, data_dir, download)
     _check_format(folder)
     _check_split_exists(folder, split)
-    levels = 2 if folder.title.startswith("binarized_mnist:") else 256
+    levels = _levels(parse_name(folder.title)[0])
     title = f"{folder.title} {split}"
     # Rotation is not applied: TFDS and TensorFlow do not, and published figures are on pixels as they are stored.
     preparation = preparation._replace(upright=False)
     key = cache.entry_name(title, decode.FORMAT, folder.digest, preparation)
     open_encoded = lambda: _open_encoded(folder, split, levels, preparation, storage)
     return encoded.open_source(title, levels, key, open_encoded, storage)
+
+
+def described(name: str, data_dir: str) -> tuple[tuple[int, int, int], int, int]:
+    """Shape (0 where images differ, or nobody says), levels and classes of a data set.
+
+    From its folder in `data_dir`, or else from TFDS's own description, without any image. `InputError` where there is
+    neither.
+    """
+    import tensorflow_datasets as tfds
+
+    dataset, _ = parse_name(name)
+    try:
+        _, features = _open_builder(find(name, data_dir))
+    except InputError as error:
+        try:
+            features = tfds.builder(dataset).info.features
+        except Exception:  # TFDS raises anything
+            raise error from None
+    num_classes = getattr(features["label"], "num_classes", 0) if "label" in features else 0
+    height, width, channels = (size or 0 for size in features["image"].shape)
+    return (height, width, channels), _levels(dataset), num_classes or 0
+
+
+def _levels(dataset: str) -> int:
+    return 2 if dataset == "binarized_mnist" else 256
 
 
 def find(name: str, data_dir: str, download: bool = False) -> Folder:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from bitsperdim import sharding
+
 Params = dict[str, Array]
 # Of all products: a flow must be undone, so that the fewer digits of accelerators' fast products are too few.
 PRECISION = "highest"
@@ -81,7 +83,7 @@ def convolve(
     longer.)
     """
     height, width, inputs, outputs = kernel.shape
-    if jax.default_backend() != "cpu":
+    if sharding.platform() != "cpu":
         padding = [(before[0], height - 1 - before[0]), (before[1], width - 1 - before[1])]
         options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": PRECISION}
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, **options)

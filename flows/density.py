@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 import jax
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
-from bitsperdim import dequantize
+from bitsperdim import dequantize, sharding
 from bitsperdim.dequantize import Range
 from bitsperdim.errors import InputError
 from bitsperdim.facts import Facts
@@ -106,4 +106,4 @@ def _inverse(config: ModelConfig) -> str:
     """How masked convolutions are inverted, where the config leaves it open."""
     if config.inverse != "auto":
         return config.inverse
-    return "lines" if jax.default_backend() == "cpu" else "fixed_point"
+    return "lines" if sharding.platform() == "cpu" else "fixed_point"

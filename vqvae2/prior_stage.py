@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -38,10 +39,17 @@ def stage(config: Config, level: str) -> Stage:
         needs=("autoencoder", "codes"),
         model=lambda run: make(run, level),
         source=_images_and_codes if level == chain.PIXELS else codes.open_codes,
+        example=_example,
         pictures=lambda run, mesh: pictures(run, mesh, level),
         optim=section.optim,
         settings=section.train,
     )
+
+
+def _example(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    of_level = lambda level, grid: jax.ShapeDtypeStruct((*grid, *chain.values(run, level)[1]), jnp.int32)
+    label = {"label": jax.ShapeDtypeStruct((), jnp.int32)} if facts.of_run(run).num_classes else {}
+    return label | {level: of_level(level, grid) for level, grid in chain.shapes(run).items()}
 
 
 def make(run: Run, name: str) -> Model:
