@@ -3,7 +3,7 @@
     python benchmarks/sizes.py --out=sizes.jsonl                                every published config, an hour or two
     python benchmarks/sizes.py --configs vqvae2_cifar10 --stages top bottom     a part of them
     python benchmarks/sizes.py --parameters                                     without memory, a minute
-    DEVICES=1 python benchmarks/sizes.py --configs vqvae2_folder                on one device instead of 8
+    python benchmarks/sizes.py --configs vqvae2_folder --devices 1              on one device instead of 8
 
 A JSON line a case, and then all of them as a table; what `--out` holds already is not measured again, so that the same
 command goes on where it was stopped. Steps are compiled from shapes alone, for the config's mesh over 8
@@ -19,29 +19,17 @@ import json
 import os
 import pathlib
 import runpy
-import tempfile
-import time
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={os.environ.get('DEVICES', '8')}"
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
-
-import jax
-import jax.numpy as jnp
-
-from bitsperdim import config_files, optim, sharding
-from bitsperdim import run as run_lib
-from bitsperdim import state as state_lib
-from bitsperdim import step as step_lib
+from bitsperdim import config_files, plan
 from bitsperdim.errors import InputError
-from bitsperdim.model import Stage
-from vqvae2 import chain
 
 # Classes of the images: no data set is opened.
 CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar10": 10}
 TABLE_5 = ("vq", "ae8", "ae16", "ae32", "ae64")
-COLUMNS = ("config", "stage", "parameters", "batch", "arguments_gib", "temporary_gib", "sum_gib", "compile_seconds")
+COLUMNS = (
+    *("config", "stage", "parameters", "batch", "arguments_gib", "temporary_gib", "sum_gib"),
+    *("tflop", "compile_seconds"),
+)
 
 
 def published() -> list[tuple[str, tuple[str, ...]]]:
@@ -82,21 +70,23 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", help="these alone")
     parser.add_argument("--parameters", action="store_true", help="compile nothing")
     parser.add_argument("--out", help="a file of JSON lines, added to")
+    parser.add_argument("--devices", type=int, default=8, help="of the mesh")
     arguments = parser.parse_args()
+    plan.use_devices(arguments.devices)
     try:
         wanted = chosen(arguments.configs, arguments.stages)
     except InputError as error:
         parser.error(str(error))
-    # Convolutions choose by it between their forms; that of an accelerator is what is asked for.
-    jax.default_backend = lambda: "gpu"
     cases, done = [], measured(arguments.out) if arguments.out else {}
     for name, stages in wanted:
-        with tempfile.TemporaryDirectory() as folder:
-            run = of_shapes(folder, name)
+        values = config_files.load(name)
+        values.data = stand_in(name, values.data.image_size)
+        with plan.planned(values) as (run, mesh):
             for stage in map(run.stage, stages):
                 case = done.get((name, stage.name))
                 if case is None:
-                    case = {"config": name, "stage": stage.name} | measure(run, stage, not arguments.parameters)
+                    record = plan.of_stage(run, stage, mesh, compiles=not arguments.parameters)
+                    case = {"config": name, "stage": stage.name} | figures(record)
                     print(line := json.dumps(case), flush=True)
                     if arguments.out:
                         with open(arguments.out, "a") as stream:
@@ -111,46 +101,27 @@ def measured(path: str) -> dict[tuple[str, str], dict]:
     return {(case["config"], case["stage"]): case for case in map(json.loads, lines)}
 
 
-def of_shapes(folder: str, name: str) -> run_lib.Run:
-    """A run that knows its images by their shape alone."""
-    run = run_lib.check(folder, config_files.load(name))
-    edge, num_classes = run.config.data.image_size, CLASSES.get(name.split(":")[0].removeprefix("vqvae2_"), 0)
-    facts = {"shape": [edge, edge, 3], "levels": 256, "num_classes": num_classes, "variance": 0.25}
-    run_lib.write_json(run.folder("autoencoder") / "data.json", facts)
-    return run
+def stand_in(name: str, edge: int) -> dict:
+    """Noise of the size and classes of the config's images: no data set is looked for."""
+    classes = CLASSES.get(name.split(":")[0].removeprefix("vqvae2_"), 0)
+    return {"source": "synthetic", "image_size": edge, "synthetic_size": 64, "synthetic_classes": classes}
 
 
-def measure(run: run_lib.Run, stage: Stage, compiles: bool) -> dict:
-    assert stage.model and stage.optim and stage.settings
-    model, mesh, settings = stage.model(run), sharding.make_mesh(run.config.mesh), stage.settings
-    optimizer = optim.optimizer(stage.optim, settings.steps)
-    like = state_lib.abstract(model, optimizer, jax.random.key(0), mesh, run.config.mesh)
-    parts = f" in {settings.accumulation}" if settings.accumulation > 1 else ""
-    figures = {"parameters": state_lib.num_params(like), "batch": f"{settings.batch_size}{parts}"}
-    if not compiles:
-        return figures
-    step = step_lib.compiled(model, stage.optim, settings, 0, mesh, like)
-    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.over_batch(mesh))
-    batch = jax.tree.map(place, abstract_batch(run, stage.name, settings.batch_size))
-    start = time.perf_counter()
-    # The memory is assigned before the machine code is made, so that need not be fast.
-    options = {"xla_backend_optimization_level": "0"}
-    memory = step.lower(like, *[batch] * settings.steps_per_dispatch).compile(options).memory_analysis()  # pyright: ignore
-    return figures | {
-        "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 2),
-        "temporary_gib": round(memory.temp_size_in_bytes / 2**30, 2),
-        "sum_gib": round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30, 2),
-        "compile_seconds": round(time.perf_counter() - start),
+def figures(record: dict) -> dict:
+    """Of a record of `bitsperdim.plan`."""
+    parts = f" in {record['accumulation']}" if record["accumulation"] > 1 else ""
+    found = {"parameters": record["parameters"], "batch": f"{record['batch_size']}{parts}"}
+    if "flops" not in record:
+        return found
+    temporary = record["bytes"]["temporary"]
+    arguments = sum(record["bytes"].values()) - temporary
+    return found | {
+        "arguments_gib": round(arguments / 2**30, 2),
+        "temporary_gib": round(temporary / 2**30, 2),
+        "sum_gib": round((arguments + temporary) / 2**30, 2),
+        "tflop": round(record["flops"] / 1e12, 3),
+        "compile_seconds": record["compile_seconds"],
     }
-
-
-def abstract_batch(run: run_lib.Run, name: str, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    edge = run_lib.read_json(run.folder("autoencoder") / "data.json")["shape"][0]
-    batch = {"position": jax.ShapeDtypeStruct((size,), jnp.int32), "label": jax.ShapeDtypeStruct((size,), jnp.int32)}
-    if name == "autoencoder":
-        return batch | {"image": jax.ShapeDtypeStruct((size, edge, edge, 3), jnp.uint8)}
-    of_level = lambda level, grid: jax.ShapeDtypeStruct((size, *grid, *chain.values(run, level)[1]), jnp.int32)
-    return batch | {level: of_level(level, grid) for level, grid in chain.shapes(run).items()}
 
 
 def table(cases: list[dict]) -> list[str]:

@@ -12,21 +12,11 @@ for the batch of each config, whatever its size. XLA's CPU backend undoes remate
 
 import argparse
 import json
-import os
-import time
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+from ml_collections import ConfigDict
 
-import jax
-import jax.numpy as jnp
-
-from bitsperdim import config_files, optim, sharding
-from bitsperdim import run as run_lib
-from bitsperdim import state as state_lib
-from bitsperdim import step as step_lib
-from bitsperdim.facts import Facts
-from vdvae import layers, model_stage, vae
-from vdvae.config import Config
+from bitsperdim import config_files, facts, plan
+from vdvae import layers, vae
 
 # Published: millions of parameters, gigabytes, bits/dim (nats of MNIST). Table 3 and 4, then 1a, 1b, 7, 8 and 9; None
 # where the paper does not say. Batch and devices of the memory are those of the paper.
@@ -93,7 +83,7 @@ PUBLISHED: dict[str, tuple[float | None, float | None, float | None]] = {
 }
 COLUMNS = (
     *("config", "batch", "bottom_up", "top_down", "parameters_m", "published_m", "state_gib", "temporary_gib"),
-    *("published_gb", "ratio", "published_ratio", "published_nll", "compile_seconds", "program_kb"),
+    *("published_gb", "ratio", "published_ratio", "published_nll", "tflop", "compile_seconds", "program_kb"),
 )
 
 
@@ -104,6 +94,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=0, help="instead of the config's")
     parser.add_argument("--scan", choices=("on", "off"), default="on", help="layers in a loop, or unrolled")
     arguments = parser.parse_args()
+    plan.use_devices(1)
     cases = []
     for name in arguments.configs or PUBLISHED:
         cases.append(case(name, arguments.parameters, arguments.batch, arguments.scan))
@@ -115,24 +106,26 @@ def main() -> None:
 def case(name: str, parameters_only: bool, batch: int, scan: str) -> dict:
     values = config_files.load(name)
     values.model.scan, values.model.dtype = scan == "on", "float32"
-    config = run_lib.parse(values)[1]
-    model = vae.make(config.model, facts_of(config))
+    values.train.batch_size = batch or values.train.batch_size
+    values.data = stand_in(values)
     published, gigabytes, nll = PUBLISHED.get(name, (None, None, None))
     whole = PUBLISHED.get(f"{name.split(':')[0]}:vdvae", (None, None, None))[1]
-    pooled = sum(level.stride > 1 for level in model.net.levels) if config.model.style == "vdvae" else 0
-    batch = batch or config.train.batch_size
-    found = {
-        "config": name,
-        "batch": batch,
-        "bottom_up": sum(level.blocks for level in model.net.levels) + pooled,
-        "top_down": model.num_layers,
-        "parameters_m": round(layers.size(model.net.table) / 1e6, 2),
-        "published_m": published,
-        "published_gb": gigabytes,
-        "published_ratio": round(whole / gigabytes, 2) if whole and gigabytes else None,
-        "published_nll": nll,
-    }
-    return found if parameters_only else found | memory(config, batch)
+    with plan.planned(values) as (run, mesh):
+        config = run.config
+        model = vae.make(config.model, facts.of_run(run))
+        pooled = sum(level.stride > 1 for level in model.net.levels) if config.model.style == "vdvae" else 0
+        found = {
+            "config": name,
+            "batch": config.train.batch_size,
+            "bottom_up": sum(level.blocks for level in model.net.levels) + pooled,
+            "top_down": model.num_layers,
+            "parameters_m": round(layers.size(model.net.table) / 1e6, 2),
+            "published_m": published,
+            "published_gb": gigabytes,
+            "published_ratio": round(whole / gigabytes, 2) if whole and gigabytes else None,
+            "published_nll": nll,
+        }
+        return found if parameters_only else found | figures(plan.of_stage(run, run.stage("model"), mesh))
 
 
 def add_ratios(cases: list[dict]) -> None:
@@ -144,35 +137,22 @@ def add_ratios(cases: list[dict]) -> None:
             case["ratio"] = round(whole / total[case["config"]], 2)
 
 
-def facts_of(config: Config) -> Facts:
-    """Of the images that the config is for, without opening them."""
-    edge = config.data.image_size
-    if config.model.output == "bernoulli":
-        return Facts((28, 28, 1), 2)
-    return Facts((edge, edge, 3), 2**config.data.bits)
+def stand_in(values: ConfigDict) -> dict:
+    """Noise of the size and levels of the config's images: no data set is looked for."""
+    if values.model.get("output") == "bernoulli":
+        return {"source": "synthetic", "image_size": 28, "synthetic_channels": 1, "synthetic_levels": 2}
+    return {"source": "synthetic", "image_size": values.data.image_size, "bits": values.data.get("bits", 8)}
 
 
-def memory(config: Config, batch_size: int) -> dict:
-    """Of one training step for the whole batch on one device."""
-    facts = facts_of(config)
-    model, mesh = model_stage.make(config, facts), sharding.make_mesh(config.mesh)
-    optimizer = optim.optimizer(config.optim, config.train.steps)
-    like = state_lib.abstract(model, optimizer, jax.random.key(0), mesh, config.mesh)
-    step = step_lib.compiled(model, config.optim, config.train, 0, mesh, like)
-    batch = {
-        "image": jax.ShapeDtypeStruct((batch_size, *facts.shape), jnp.uint8),
-        "position": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-    }
-    start = time.perf_counter()
-    lowered = step.lower(like, batch)
-    # The memory is assigned before the machine code is made, so that need not be fast.
-    compiled = lowered.compile({"xla_backend_optimization_level": "0"})
-    seconds, found = time.perf_counter() - start, compiled.memory_analysis()
+def figures(record: dict) -> dict:
+    """Of a record of `bitsperdim.plan`: one training step for the whole batch on one device."""
+    temporary = record["bytes"]["temporary"]
     return {
-        "state_gib": round(found.argument_size_in_bytes / 2**30, 2),
-        "temporary_gib": round(found.temp_size_in_bytes / 2**30, 2),
-        "compile_seconds": round(seconds),
-        "program_kb": round(len(lowered.as_text()) / 1e3),
+        "state_gib": round((sum(record["bytes"].values()) - temporary) / 2**30, 2),
+        "temporary_gib": round(temporary / 2**30, 2),
+        "tflop": round(record["flops"] / 1e12, 3),
+        "compile_seconds": record["compile_seconds"],
+        "program_kb": record["program_kb"],
     }
 
 

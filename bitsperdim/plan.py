@@ -8,6 +8,7 @@ images. The CPU backend computes bfloat16 in float32, so an accelerator needs le
 says bfloat16, up to half.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -65,7 +66,7 @@ def chip(name: str) -> Chip:
         return CHIPS[name]
     try:
         tera, gib, giga = (float(number) for number in name.split(":"))
-        if not min(tera, gib, giga) > 0 or math.isinf(tera + gib + giga):
+        if not all(0 < number < math.inf for number in (tera, gib, giga)):
             raise ValueError
     except ValueError:
         raise InputError(
@@ -90,12 +91,18 @@ def plan(values: ConfigDict | Mapping[str, Any], only: str = "") -> Iterator[dic
 
     Bytes are those on one device; arithmetic is that of all. Raises InputError where config, mesh and batch do not fit.
     """
-    with tempfile.TemporaryDirectory() as folder, sharding.made_for("gpu"):
-        run = run_lib.check(folder, _with_stand_ins(values))
-        mesh = sharding.make_mesh(run.config.mesh)
+    with planned(values) as (run, mesh):
         for stage in [run.stage(only)] if only else run.stages():
             if stage.model is not None:
                 yield {"stage": stage.name} | of_stage(run, stage, mesh)
+
+
+@contextlib.contextmanager
+def planned(values: ConfigDict | Mapping[str, Any]) -> Iterator[tuple[Run, Mesh]]:
+    """A run on stand-ins for its images, over all devices of this process, whose programs are an accelerator's."""
+    with tempfile.TemporaryDirectory() as folder, sharding.made_for("gpu"):
+        run = run_lib.check(folder, _with_stand_ins(values))
+        yield run, sharding.make_mesh(run.config.mesh)
 
 
 def of_stage(run: Run, stage: Stage, mesh: Mesh, compiles: bool = True) -> dict[str, Any]:
@@ -120,7 +127,8 @@ def of_stage(run: Run, stage: Stage, mesh: Mesh, compiles: bool = True) -> dict[
     start = time.perf_counter()
     traced = step_lib.compiled(model, stage.optim, settings, 0, mesh, like).trace(like, *[batch] * each)  # pyright: ignore
     # The memory is assigned before the machine code is made, so that need not be fast.
-    compiled = traced.lower().compile({"xla_backend_optimization_level": "0"})
+    lowered = traced.lower()
+    compiled = lowered.compile({"xla_backend_optimization_level": "0"})
     record["bytes"] |= {
         "batch": each * _bytes_on_a_device(batch),
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
@@ -129,6 +137,7 @@ def of_stage(run: Run, stage: Stage, mesh: Mesh, compiles: bool = True) -> dict[
     return record | {
         "flops": program.flops(traced.jaxpr.jaxpr) // each,
         "traffic": {kind: {name: value // each for name, value in of.items()} for kind, of in moved.items()},
+        "program_kb": round(len(lowered.as_text()) / 1e3),
         "compile_seconds": round(time.perf_counter() - start, 1),
     }
 
@@ -178,8 +187,8 @@ def lines(record: Mapping[str, Any], kind: Chip | None, name: str) -> list[str]:
         return found
     times = on_chip(record, kind)
     found.append(
-        f"  {name}: a step about {times['step']:.2g} s ({times['arithmetic']:.2g} arithmetic at {UTILISATION:.0%} of its "
-        f"peak, {times['traffic']:.2g} traffic), {record['batch_size'] / times['step']:,.0f} examples/s, "
+        f"  {name}: a step about {times['step']:.2g} s ({times['arithmetic']:.2g} arithmetic at {UTILISATION:.0%} of "
+        f"its peak, {times['traffic']:.2g} traffic), {record['batch_size'] / times['step']:,.0f} examples/s, "
         f"{record['steps'] * times['step'] / 3600:,.1f} h for {record['steps']:,} steps"
     )
     return found + [f"  {line}" for line in _fit(record, kind.memory * USABLE)]

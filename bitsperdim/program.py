@@ -6,9 +6,9 @@ XLA's own cost analysis counts the body of a loop once, however often it runs; h
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
+from jax.extend import core
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 BITS = {"pred": 8, "token": 0}  # of types whose names do not end with them
@@ -29,7 +29,7 @@ class Collective(NamedTuple):
     source: str  # where in the traced program it comes from
 
 
-def flops(jaxpr: jax.extend.core.Jaxpr) -> int:
+def flops(jaxpr: core.Jaxpr) -> int:
     """Of all matrix products and convolutions, over all devices; a product and its sum are two operations.
 
     Of a `cond` the most expensive branch counts; of a `while_loop`, whose rounds nobody knows, one round.
@@ -37,18 +37,17 @@ def flops(jaxpr: jax.extend.core.Jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
+        shapes: list[Any] = [value.aval for value in (*equation.invars, *equation.outvars)]
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * inner * equation.outvars[0].aval.size
+            total += 2 * math.prod(shapes[0].shape[axis] for axis in contracted) * shapes[-1].size
         elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval
-            outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+            outputs = shapes[1].shape[params["dimension_numbers"].rhs_spec[0]]
             # Zeros between the inputs, which a gradient of strides has, are no work for a good library.
             skipped = math.prod(params["lhs_dilation"])
-            total += 2 * (kernel.size // outputs) * equation.outvars[0].aval.size // skipped
+            total += 2 * (shapes[1].size // outputs) * shapes[-1].size // skipped
         else:
-            inner = [flops(inside) for inside in jax.extend.core.jaxprs_in_params(params)]
+            inner = [flops(inside) for inside in core.jaxprs_in_params(params)]
             total += params.get("length", 1) * (max(inner, default=0) if name == "cond" else sum(inner))
     return total
 

@@ -17,7 +17,6 @@ from jaxtyping import PyTree
 
 from bitsperdim.errors import InputError
 
-
 _PLANNED: contextvars.ContextVar[str] = contextvars.ContextVar("planned", default="")
 
 

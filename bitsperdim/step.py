@@ -146,8 +146,8 @@ def _gradients(
         return of(batch)
     # A micro-batch takes every n-th example, so that each device cuts it from its own rows.
     micros = jax.tree.map(lambda leaf: leaf.reshape(-1, accumulation, *leaf.shape[1:]).swapaxes(0, 1), batch)
-    if model.whole_batch is not None:
-        means = lambda micro: model.whole_batch(state["params"], state["extra"], micro, key, state["step"])
+    if (whole_batch := model.whole_batch) is not None:
+        means = lambda micro: whole_batch(state["params"], state["extra"], micro, key, state["step"])
         whole = jax.tree.map(lambda leaf: leaf.mean(0), jax.lax.map(means, micros))
         micros["whole_batch"] = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (accumulation, *leaf.shape)), whole)
     shapes = jax.eval_shape(of, jax.tree.map(lambda leaf: leaf[0], micros))

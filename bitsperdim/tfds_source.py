@@ -71,7 +71,7 @@ def described(name: str, data_dir: str) -> tuple[tuple[int, int, int], int, int]
         _, features = _open_builder(find(name, data_dir))
     except InputError as error:
         try:
-            features = tfds.builder(dataset).info.features
+            features: Any = tfds.builder(dataset).info.features
         except Exception:  # TFDS raises anything
             raise error from None
     num_classes = getattr(features["label"], "num_classes", 0) if "label" in features else 0

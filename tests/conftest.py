@@ -39,6 +39,19 @@ def tfds_dir():
     return SHARED / "data"
 
 
+@pytest.fixture(scope="session")
+def assert_example():
+    """`assert_example(run, "top")`: what the stage says of an example before there is one is what its source reads."""
+
+    def check(run, name):
+        stage = run.stage(name)
+        one = stage.source(run, "train").read(np.arange(1))
+        found = {field: (leaf.shape, leaf.dtype) for field, leaf in stage.example(run).items()}
+        assert found == {field: (rows.shape[1:], rows.dtype) for field, rows in one.items()}
+
+    return check
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
     """The same program is compiled once a session, in child processes too, as the scripts do between runs."""

@@ -39,17 +39,19 @@ def stage(config: Config, level: str) -> Stage:
         needs=("autoencoder", "codes"),
         model=lambda run: make(run, level),
         source=_images_and_codes if level == chain.PIXELS else codes.open_codes,
-        example=_example,
+        example=lambda run: _example(run, level),
         pictures=lambda run, mesh: pictures(run, mesh, level),
         optim=section.optim,
         settings=section.train,
     )
 
 
-def _example(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    of_level = lambda level, grid: jax.ShapeDtypeStruct((*grid, *chain.values(run, level)[1]), jnp.int32)
-    label = {"label": jax.ShapeDtypeStruct((), jnp.int32)} if facts.of_run(run).num_classes else {}
-    return label | {level: of_level(level, grid) for level, grid in chain.shapes(run).items()}
+def _example(run: Run, name: str) -> dict[str, jax.ShapeDtypeStruct]:
+    grids = chain.shapes(run)
+    levels = [level for level in grids if level != chain.PIXELS or name == chain.PIXELS]
+    shapes = {level: (*grids[level], *chain.values(run, level)[1]) for level in levels}
+    shapes |= {"label": ()} if facts.of_run(run).num_classes else {}
+    return {field: jax.ShapeDtypeStruct(shape, jnp.int32) for field, shape in shapes.items()}
 
 
 def make(run: Run, name: str) -> Model:

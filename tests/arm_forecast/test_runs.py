@@ -282,7 +282,7 @@ def test_flags_that_mean_nothing_are_refused(run, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_modules_are_trained_afterwards_on_pairs_of_the_sampler(tmp_path):
+def test_modules_are_trained_afterwards_on_pairs_of_the_sampler(tmp_path, assert_example):
     config = digits_config()
     config.arm.train.steps, config.arm.forecast.modules = 10, 0
     config.modules = {
@@ -293,6 +293,7 @@ def test_modules_are_trained_afterwards_on_pairs_of_the_sampler(tmp_path):
     }
     run = trainer.train(config, str(tmp_path / "run"))
     arm = sampling.restore(run, sharding.make_mesh(run.config.mesh))
+    assert_example(run, "modules")
     sources = {split: run.stage("modules").source(run, split) for split in ("train", "evaluation")}
     pairs = {split: source.read(np.arange(source.size))["x"] for split, source in sources.items()}
     assert [len(x) for x in pairs.values()] == [64, 6]
@@ -354,6 +355,10 @@ def test_a_latent_run_decodes_what_its_model_of_codes_draws(latent):
         loaded.log_prob(images)
     with pytest.raises(InputError, match="given pixels mean nothing to a model of codes"):
         loaded.draw(jax.random.key(0), 1, given=images[0])
+
+
+def test_examples_of_codes_are_known_before_there_are_any(latent, assert_example):
+    assert_example(latent, "arm")
 
 
 def test_a_latent_run_reports_a_rate_and_a_distortion(latent):

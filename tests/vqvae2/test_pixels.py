@@ -55,6 +55,11 @@ def trained(run):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("level", ["top", "bottom", "pixels"])
+def test_examples_of_codes_are_known_before_there_are_any(run, level, assert_example):
+    assert_example(run, level)
+
+
 def test_the_bound_is_the_bits_of_the_pixels_given_the_codes_and_of_the_codes(run):
     measured = trainer.evaluate(run, "evaluation")
     nats = 64 * measured["pixels"]["nats_per_pixel"] + 4 * measured["top"]["nats_per_code"]
