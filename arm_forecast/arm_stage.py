@@ -20,6 +20,7 @@ from bitsperdim.sources import Source
 
 
 def stage(config: Config) -> Stage:
+    """The stage `arm`: on images, or on the codes that an earlier stage has made of them."""
     latent = config.autoencoder is not None
     return Stage(
         "arm",

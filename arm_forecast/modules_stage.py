@@ -35,6 +35,7 @@ def pairs(config: Config) -> Stage:
 
 
 def stage(config: Config) -> Stage:
+    """The stage `modules`, on the pairs of the one before."""
     assert config.modules is not None
     return Stage(
         "modules",

@@ -32,6 +32,7 @@ IDS = np.arange(NUM_PICTURES, dtype=np.int32)
 
 
 def stage(config: Config, level: str) -> Stage:
+    """The stage of a level's prior, or of the pixels below all levels."""
     section = config.prior(level)
     pictures = {"top": _top_pictures, chain.PIXELS: _pixel_pictures}.get(level, _lower_pictures)
     return Stage(
