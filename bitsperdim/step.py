@@ -132,13 +132,17 @@ def _gradients(
 ) -> tuple[Array, Aux, PyTree]:
     """Objective and gradients are means, tallies and statistics sums, over the micro-batches; parts are joined.
 
-    Gradients live where their parameters do. Left to itself the compiler keeps the sum of the micro-batches whole on
-    every device, which under FSDP may be more than all else.
+    The compiler is told what FSDP is, for left to itself it keeps the sum of the micro-batches whole on every device,
+    and sends activations around instead of weights, a hundred times as much: weights are gathered whole before they
+    are used, and gradients live where their parameters do.
     """
     value_and_grad = jax.value_and_grad(model.loss, has_aux=True)
+    everywhere = jax.tree.map(lambda place: sharding.replicated(place.mesh), places)
 
     def of(micro: Batch) -> tuple[Array, Aux, PyTree]:
-        (objective, aux), gradients = value_and_grad(state["params"], state["extra"], micro, key, state["step"])
+        # Also in every micro-batch, of which the compiler then gathers for the first.
+        whole = jax.lax.with_sharding_constraint(state["params"], everywhere)
+        (objective, aux), gradients = value_and_grad(whole, state["extra"], micro, key, state["step"])
         gradients = jax.tree.map(lambda leaf: leaf / accumulation, gradients)
         return objective / accumulation, aux, jax.lax.with_sharding_constraint(gradients, places)
 

@@ -10,7 +10,7 @@ import toy_family
 from jax.sharding import PartitionSpec as P
 
 from bitsperdim import config as config_lib
-from bitsperdim import data, optim, sharding, state
+from bitsperdim import data, optim, program, sharding, state
 from bitsperdim import step as step_lib
 from bitsperdim.errors import InputError
 from bitsperdim.sharding import MeshConfig
@@ -86,19 +86,46 @@ def test_fsdp_leaves_each_device_an_eighth_of_every_kernel_and_of_its_moments(tr
     assert kernels == 2 * 4  # encoder and decoder, in params, ema and Adam's two moments
 
 
-def test_gradients_are_placed_as_their_parameters_in_each_micro_batch_and_in_their_sum(toy_config, sub_mesh):
+@pytest.fixture(scope="module")
+def compiled(toy_config, sub_mesh):
+    """`compiled(accumulation)` -> the state's shapes, a step of the toy under FSDP as it was traced, and its program."""
+
+    @functools.cache
+    def make(accumulation):
+        config = config_lib.unpack(
+            toy_config({"mesh.fsdp": 8, "train.accumulation": accumulation}).to_dict(), toy_family.Config
+        )
+        mesh, model = sub_mesh(1, 8), toy_family.make(config)
+        optimizer = optim.optimizer(config.optim, config.train.steps)
+        like = state.abstract(model, optimizer, jax.random.key(0), mesh, config.mesh)
+        step = step_lib.compiled(model, config.optim, config.train, 0, mesh, like)
+        source, over_batch = data.open_source(config.data, "train"), sharding.over_batch(mesh)
+        batch = data.train_batch(source, 0, 0, config.train.batch_size, over_batch)
+        lowered = step.lower(like, batch)
+        return like, lowered.as_text(), lowered.compile().as_text()
+
+    return make
+
+
+def test_gradients_are_placed_as_their_parameters_in_each_micro_batch_and_in_their_sum(compiled):
     """What the compiler is told; without it, it may keep whole gradients on every device."""
-    changes = {"mesh.fsdp": 8, "train.accumulation": 2}
-    config = config_lib.unpack(toy_config(changes).to_dict(), toy_family.Config)
-    mesh, model = sub_mesh(1, 8), toy_family.make(config)
-    optimizer = optim.optimizer(config.optim, config.train.steps)
-    like = state.abstract(model, optimizer, jax.random.key(0), mesh, config.mesh)
-    step = step_lib.compiled(model, config.optim, config.train, 0, mesh, like)
-    source, over_batch = data.open_source(config.data, "train"), sharding.over_batch(mesh)
-    batch = data.train_batch(source, 0, 0, config.train.batch_size, over_batch)
-    told = [line for line in step.lower(like, batch).as_text().splitlines() if "sharding_constraint" in line]
+    told = [line for line in compiled(2)[1].splitlines() if "sharding_constraint" in line]
     for kernel in ("tensor<64x16xf32>", "tensor<16x64xf32>"):
         assert sum(kernel in line and '[{}, {"fsdp"}]' in line for line in told) == 2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_gathers_weights_once_sums_gradients_and_sends_no_activations(compiled, accumulation):
+    like, _, hlo = compiled(accumulation)
+    num_bytes = lambda leaves: sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    params = jax.tree.leaves(like["params"])
+    sharded = [leaf for leaf in params if not leaf.sharding.is_fully_replicated]
+    traffic = program.traffic(hlo)
+    # Gradients of every micro-batch are summed; the rest is a few numbers for each of its 32 examples.
+    expected = {"all-gather": num_bytes(sharded), "all-reduce": accumulation * num_bytes(params)}
+    assert set(traffic) == set(expected)
+    for kind, size in expected.items():
+        assert size <= traffic[kind]["bytes"] < size + 2000
 
 
 def placed(shape, config, mesh, name="kernel"):
