@@ -103,8 +103,8 @@ def test_devices_in_use_are_not_taken():
 @pytest.mark.parametrize("fsdp", [1, 8])
 @pytest.mark.parametrize("name", ["vqvae2_photos", "vdvae_digits", "flows_digits", "arm_digits", "arm_latent_cifar10"])
 def test_steps_of_every_family_exchange_weights_gradients_and_sums_alone(name, fsdp):
-    """Replicated: a sum of gradients, with what the family keeps of a batch (codebooks, moments). Under FSDP weights are
-    gathered too, once or, where they lie in loops, once a pass. Activations would be many times as much."""
+    """Replicated: a sum of gradients, with what the family keeps of a batch (codebooks, moments). Under FSDP weights
+    are gathered too, once or, where they lie in loops, once a pass. Activations would be many times as much."""
     values = config_files.load(f"{name}:tiny")
     values.mesh = {"data": -1, "fsdp": fsdp}
     for record in plan.plan(values):

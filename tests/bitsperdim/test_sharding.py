@@ -88,7 +88,7 @@ def test_fsdp_leaves_each_device_an_eighth_of_every_kernel_and_of_its_moments(tr
 
 @pytest.fixture(scope="module")
 def compiled(toy_config, sub_mesh):
-    """`compiled(accumulation)` -> the state's shapes, a step of the toy under FSDP as it was traced, and its program."""
+    """`compiled(accumulation)` -> the state's shapes, a step of the toy under FSDP as traced, and its program."""
 
     @functools.cache
     def make(accumulation):
