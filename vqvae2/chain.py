@@ -77,13 +77,6 @@ def network(run: Run, name: str) -> Prior:
         return Prior(pixel_snail)
     stack = ConditioningStack(shape.blocks, shape.widths, shape.bottlenecks, shape.norm, dtype, manner)
     grid = shapes(run)
-    height, width = grid[_above(run, name)]
-    halvings = len(shape.widths) - 1
-    if height % 2**halvings or width % 2**halvings:
-        raise InputError(
-            f"{name}.model.conditioning.widths={shape.widths} halves the {height}x{width} grid of "
-            f"'{_above(run, name)}' {halvings} times, which does not divide it; give fewer widths"
-        )
     codes_above = run.config.autoencoder.model.num_codes
     octaves = (grid[name][0] // grid[_above(run, name)][0]).bit_length() - 1
     return Prior(pixel_snail, Conditioner(codes_above, config.embedding, stack, octaves, dtype))
