@@ -238,7 +238,9 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         plain = {level: _Options(1.0, 0, 1.0) for level in grids(run)}
         cells = {level: height * width for level, (height, width) in grids(run).items()}
         draw = lambda key, n, sampler: chain()(key, n, n, None, sampler, plain)[:2]
-        return comparison.compare(draw, cells, key, stream, done, keep)
+        # Fixed points are those of codes.
+        samplers = [name for name in SAMPLERS if name != "fixed_point" or not run.config.autoencoder.model.cell]
+        return comparison.compare(draw, cells, samplers, key, stream, done, keep)
 
     def log_prob(images: np.ndarray, key: Key[Array, ""] | None = None, samples: int = 1) -> NoReturn:
         """Raises InputError: there is none."""
