@@ -77,13 +77,6 @@ def network(run: Run, name: str) -> Prior:
         return Prior(pixel_snail)
     stack = ConditioningStack(shape.blocks, shape.widths, shape.bottlenecks, shape.norm, dtype, manner)
     grid = shapes(run)
-    height, width = grid[_above(run, name)]
-    halvings = len(shape.widths) - 1
-    if height % 2**halvings or width % 2**halvings:
-        raise InputError(
-            f"{name}.model.conditioning.widths={shape.widths} halves the {height}x{width} grid of "
-            f"'{_above(run, name)}' {halvings} times, which does not divide it; give fewer widths"
-        )
     codes_above = run.config.autoencoder.model.num_codes
     octaves = (grid[name][0] // grid[_above(run, name)][0]).bit_length() - 1
     return Prior(pixel_snail, Conditioner(codes_above, config.embedding, stack, octaves, dtype))
@@ -245,7 +238,9 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         plain = {level: _Options(1.0, 0, 1.0) for level in grids(run)}
         cells = {level: height * width for level, (height, width) in grids(run).items()}
         draw = lambda key, n, sampler: chain()(key, n, n, None, sampler, plain)[:2]
-        return comparison.compare(draw, cells, key, stream, done, keep)
+        # Fixed points are those of codes.
+        samplers = [name for name in SAMPLERS if name != "fixed_point" or not run.config.autoencoder.model.cell]
+        return comparison.compare(draw, cells, samplers, key, stream, done, keep)
 
     def log_prob(images: np.ndarray, key: Key[Array, ""] | None = None, samples: int = 1) -> NoReturn:
         """Raises InputError: there is none."""

@@ -23,12 +23,14 @@ Draw = Callable[[Key[Array, ""], int, str], tuple[np.ndarray, dict[str, float]]]
 def compare(
     draw: Draw,
     cells: dict[str, int],
+    samplers: Sequence[str],
     key: Key[Array, ""],
     stream: TextIO,
     done: Sequence[Row] = (),
     keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> tuple[list[Row], dict[str, np.ndarray]]:
-    """A row for each sampler and batch, and their plot. `draw(key, n, sampler)` -> images, mean calls by level.
+    """A row for each sampler and batch, and their plot. `draw(key, n, sampler)` -> images, mean calls by level. The
+    first of the samplers is 'cached'.
 
     `calls_percent`: of the codes of all levels; `exact`: whether the images of every seed equal those of 'cached', over
     `images_compared`; `seeds` = 0 marks an estimate. `done`: rows of an earlier start, which are not measured again;
@@ -36,7 +38,7 @@ def compare(
     """
     rows = list(done)
     for batch in BATCHES:
-        for sampler in ("cached", "fixed_point", "ancestral"):
+        for sampler in samplers:
             if _find(rows, sampler, batch) is not None:
                 continue
             rows.append(_row(draw, cells, sampler, batch, key, rows))

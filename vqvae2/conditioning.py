@@ -53,7 +53,8 @@ class ConditioningStack(nn.Module):
 
     `widths` and `bottlenecks` name the resolutions from the finest down; the paper's are (1024, 2048, 2048) and
     (256, 512, 512). Each step down is a 1x1 convolution of stride 2, each step up a transposed 2x2 one, added to the
-    stream that went down. Shorter tuples suit grids too small to be halved twice.
+    stream that went down. Half of an odd number is rounded up, and what the step up has too much is cut off. Shorter
+    tuples suit grids too small to be halved twice.
     """
 
     blocks: int
@@ -66,10 +67,6 @@ class ConditioningStack(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = False) -> Float[Array, "b h w d"]:
         lowest = len(self.widths) - 1
-        if x.shape[1] % 2**lowest or x.shape[2] % 2**lowest:
-            raise ValueError(
-                f"a grid of {x.shape[1]} x {x.shape[2]} cannot be halved {lowest} times; give fewer widths"
-            )
         x = Conv(self.widths[0], (1, 1), dtype=self.dtype, name="input")(x)
         streams = []
         for i in range(lowest):
@@ -77,7 +74,8 @@ class ConditioningStack(nn.Module):
             x = Conv(self.widths[i + 1], (1, 1), (2, 2), dtype=self.dtype, name=f"down_{i}")(streams[-1])
         x = self._run(x, "lowest", lowest, self.blocks, train)
         for i in reversed(range(lowest)):
-            x = streams[i] + BlockConvTranspose(self.widths[i], self.dtype, name=f"up_{i}")(x)
+            _, height, width, features = streams[i].shape
+            x = streams[i] + BlockConvTranspose(features, self.dtype, name=f"up_{i}")(x)[:, :height, :width]
             x = self._run(x, f"after_{i}", i, self.blocks // 2, train)
         return x
 

@@ -224,7 +224,8 @@ class Config:
                 raise ValueError(
                     f"{name} must be {'a section' if wanted else 'None'} where autoencoder.model.strides="
                     f"{self.autoencoder.model.strides} makes the levels {', '.join(self.levels)}, "
-                    f"not {'a section' if given else 'None'}"
+                    f"not {'a section' if given else 'None'}; a config file can change that (vqvae2_ffhq.py has three "
+                    "levels, the variant table5_vq of vqvae2_imagenet.py has one)"
                 )
         if self.pixels is not None and self.autoencoder.model.quantizer == "none":
             raise ValueError("pixels must be None where autoencoder.model.quantizer is 'none': there are no codes")

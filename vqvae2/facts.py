@@ -60,7 +60,7 @@ def measure(source: data.Source, strides: tuple[int, ...]) -> Facts:
     if height % factor or width % factor:
         raise InputError(
             f"images of {source.name} are {height}x{width}, not divisible by the product {factor} of "
-            f"autoencoder.model.strides={strides}"
+            f"autoencoder.model.strides={strides}; set data.image_size to a multiple of {factor}, or other strides"
         )
     indices = np.unique(np.linspace(0, source.size - 1, VARIANCE_IMAGES).astype(np.int64))
     variance = 4.0 * _variance(source, indices) / source.levels**2

@@ -86,7 +86,7 @@ def test_colours_are_drawn_within_their_bounds_for_each_image_alone():
     np.testing.assert_allclose(np.asarray(part)[:, 0, 0, 0] - 0.5, deltas[7:9], atol=1e-7)
 
 
-def test_every_change_takes_part_and_stays_within_the_range(pictures):
+def test_every_change_takes_part_in_its_turn_and_stays_within_the_range(pictures):
     names = ("brightness", "hue", "saturation", "contrast", "noise")
     whole = augment.ColourConfig(*(0.1,) * 5, noise_probability=1.0)
     run = lambda config: np.asarray(augment.colour(config, jax.random.key(0), jnp.arange(4), jnp.asarray(pictures)))
@@ -94,6 +94,11 @@ def test_every_change_takes_part_and_stays_within_the_range(pictures):
     assert 0.0 <= changed.min() and changed.max() <= 1.0
     for name in names:
         assert np.abs(run(dataclasses.replace(whole, **{name: 0.0})) - changed).max() > 1e-3, name
+    in_turn = pictures  # in the order of the paper
+    for name in names:
+        alone = dataclasses.replace(augment.ColourConfig(noise_probability=1.0), **{name: 0.1})
+        in_turn = np.asarray(augment.colour(alone, jax.random.key(0), jnp.arange(4), jnp.asarray(in_turn)))
+    np.testing.assert_allclose(changed, in_turn, atol=1e-5)
     np.testing.assert_array_equal(run(augment.ColourConfig()), pictures)
 
 

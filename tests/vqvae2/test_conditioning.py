@@ -107,6 +107,13 @@ def test_a_coarser_code_stands_over_its_own_cells_and_no_others(random_variables
     assert (effect[quarter] > 0).all() and not effect[~reach].any()
 
 
-def test_a_grid_that_cannot_be_halved_is_refused():
-    with pytest.raises(ValueError, match="6 x 6 cannot be halved 2 times"):
-        ConditioningStack(2, (8, 8, 8), (4, 4, 4)).init(jax.random.key(0), jnp.zeros((1, 6, 6, 5)))
+def test_a_grid_of_odd_size_is_the_corner_of_a_larger_one(random_variables):
+    """Where 3x3 kernels see their own cell alone, so that edges do not matter."""
+    stack, x = ConditioningStack(2, (8, 12, 12), (4, 6, 6), "none"), jax.random.normal(jax.random.key(0), (1, 8, 8, 5))
+    centre = np.pad(np.ones((1, 1)), 1)[..., None, None]
+    variables = random_variables(stack, x)
+    variables = jax.tree.map(lambda leaf: leaf * centre if leaf.shape[-4:-2] == (3, 3) else leaf, variables)
+    whole = stack.apply(variables, x)
+    for height, width in ((5, 3), (6, 7)):
+        corner = stack.apply(variables, x[:, :height, :width])
+        np.testing.assert_allclose(corner, whole[:, :height, :width], atol=1e-5)

@@ -1,5 +1,6 @@
 """Latents without a quantiser: their bins, the law of their prior, its sampler, and a whole run (table 5)."""
 
+import io
 import itertools
 import math
 
@@ -12,7 +13,7 @@ import bitsperdim
 from bitsperdim import cli, config_files, data, trainer
 from bitsperdim import config as config_lib
 from bitsperdim.errors import InputError
-from vqvae2 import codes, latents, quantizers, sampling
+from vqvae2 import codes, comparison, latents, quantizers, sampling
 from vqvae2.config import AutoencoderConfig
 from vqvae2.prior import PixelSnail, Prior, incremental
 
@@ -169,13 +170,17 @@ def test_a_run_reports_the_bits_of_its_bins_beside_the_distortion_of_what_they_d
     assert 0.0 <= measured["autoencoder"]["beyond_bins_top"] < 0.05
 
 
-def test_a_run_of_latents_samples_and_refuses_what_is_for_codes(run):
+def test_a_run_of_latents_samples_and_refuses_what_is_for_codes(run, monkeypatch):
     loaded = bitsperdim.load(run.workdir)
     cached, ancestral = (loaded.draw(jax.random.key(0), 2, sampler=name)[0] for name in ("cached", "ancestral"))
     np.testing.assert_array_equal(cached, ancestral)
     for options in ({"sampler": "fixed_point"}, {"top_k": 3}, {"top_p": 0.5}):
         with pytest.raises(InputError, match="are sampled by 'cached' or 'ancestral', without top_k and top_p"):
             loaded.draw(jax.random.key(0), 2, **options)
+    monkeypatch.setattr(comparison, "BATCHES", (2,))
+    monkeypatch.setattr(comparison, "SEEDS", 1)
+    rows, _ = loaded.compare_samplers(jax.random.key(0), io.StringIO())
+    assert [(row["sampler"], row["exact"]) for row in rows] == [("cached", None), ("ancestral", True)]
 
 
 def test_latents_of_two_levels_are_refused():

@@ -1,5 +1,7 @@
 """What each level contributes: the error without it, and the dropout over levels that keeps all of them in use."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +106,15 @@ def test_no_level_is_ever_absent_without_the_option_nor_of_one_level():
         autoencoder_stage.absent_levels(keys, 0.0, {"top": codebook(0), "bottom": codebook(1)}, ("top", "bottom")) == {}
     )
     assert autoencoder_stage.absent_levels(keys, 0.5, {"top": codebook(0)}, ("top",)) == {}
+
+
+def test_training_decodes_some_images_without_their_bottom_codes(two):
+    config, model, params, extra, batch = two
+    parts = jax.jit(model.measure)(params, extra, batch, jax.random.key(0)).parts
+    model = autoencoder_stage.make(dataclasses.replace(config, level_dropout=0.5), ABOUT, 4)
+    found = jax.jit(model.loss)(params, extra, batch, jax.random.key(1), 0)[1].parts["mse"]
+    whole, without = (np.isclose(found, parts[name], rtol=1e-5) for name in ("mse", "mse_without_bottom"))
+    assert (whole ^ without).all() and 0 < without.sum() < 4
 
 
 def test_an_image_without_its_bottom_codes_trains_the_top_as_if_there_were_none(two):

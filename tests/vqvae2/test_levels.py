@@ -48,6 +48,9 @@ def test_a_run_has_a_prior_for_every_level_and_its_rate_is_their_sum(run):
     assert measured["rate_bits_per_image"] == pytest.approx(nats / math.log(2.0), rel=1e-9)
     stored = codes.open_codes(run, "evaluation").read(np.arange(3))
     assert {level: stored[level].shape[1:] for level in levels} == grids
+    for above, level in enumerate(levels):
+        params, _ = jax.eval_shape(run.stage(level).model(run).init, jax.random.key(0))
+        assert sum("embedding" in name for name in params.get("conditioner", {})) == above  # all that are coarser
 
 
 def test_images_are_drawn_level_by_level_and_reconstructed_from_the_stored_codes(run):

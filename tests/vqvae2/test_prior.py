@@ -264,8 +264,10 @@ def test_each_layer_has_noise_of_its_own(random_variables, manner):
 
 
 def test_cell_by_cell_under_a_condition(random_variables):
-    prior, codes = tiny_bottom(), jax.random.randint(jax.random.key(1), (2, 8, 4), 0, 6)
-    upper = (jax.random.randint(jax.random.key(2), (2, 4, 2), 0, 6),)
+    """With two streams, each of which is told of other cells of the map; one alone is what a run's samplers compare."""
+    prior, codes = tiny_bottom(), jax.random.randint(jax.random.key(1), (2, 4, 6), 0, 6)
+    prior = prior.clone(network=prior.network.clone(reading="causal"))
+    upper = (jax.random.randint(jax.random.key(2), (2, 2, 3), 0, 6),)
     variables = random_variables(prior, codes, upper)
     condition = prior.apply(variables, upper, method="condition")
     found = cell_logits(prior, variables, codes, conditioning=condition)
@@ -299,13 +301,19 @@ def test_dropped_probabilities_see_nothing_and_dropped_logits_see_all_cells_alik
 
 
 @pytest.mark.parametrize(
-    ("other", "dropped"),
-    [("attention']['output", "logits"), ("layer']['conv_out", "logits"), ("layer']['conv_out", "probabilities")],
-    ids=["layers", "logits of attention", "probabilities of attention"],
+    ("other", "changes"),
+    [
+        ("attention']['output", {}),
+        ("layer']['conv_out", {"attention_dropped": "logits"}),
+        ("layer']['conv_out", {"attention_dropped": "probabilities"}),
+        ("groups", {"output_layers": 1}),
+        ("nothing", {"reading": "causal", "attention_every": 0}),
+    ],
+    ids=["layers", "logits of attention", "probabilities of attention", "output", "two stacks"],
 )
-def test_dropout_belongs_to_the_example_and_is_off_without_keys(random_variables, other, dropped):
+def test_dropout_belongs_to_the_example_and_is_off_without_keys(random_variables, other, changes):
     settings = {"num_classes": 0, "layers": 1, "attention_every": 1, "output_layers": 0}
-    prior = tiny_top(dropout=0.5, attention_dropped=dropped, **settings)
+    prior = tiny_top(dropout=0.5, **settings | changes)
     codes = jnp.tile(jax.random.randint(jax.random.key(1), (1, 4, 4), 0, 6), (4, 1, 1))
     variables = silent(random_variables(prior, codes), other)
     keys = rng.per_example(jax.random.key(3), jnp.arange(4))

@@ -1,5 +1,6 @@
 """The published experiments, value by value: tables 1 to 4 of the paper's supplement as the configs give them."""
 
+import dataclasses
 import pathlib
 import runpy
 
@@ -72,6 +73,13 @@ def test_an_autoencoder_of_table_3(name):
     assert found == AUTOENCODERS[name]
     assert (section.optim.name, section.optim.learning_rate, section.train.ema_decay) == ("adam", 2e-4, 0.9999)
     assert optim.schedule(section.optim, section.train.steps)(100_000) == pytest.approx(2e-4)
+
+
+def test_training_images_are_changed_as_in_the_supplement():
+    imagenet, ffhq = (load(name).autoencoder.model for name in ("imagenet", "ffhq"))
+    assert imagenet.flip and ffhq.flip and load("imagenet").data.train_crop == "random"
+    assert not any(dataclasses.astuple(imagenet.colour)[:5])
+    assert dataclasses.astuple(ffhq.colour) == (0.08, 0.02, 0.1, 0.1, 0.02, 0.5)
 
 
 @pytest.mark.parametrize("row", TABLE_4, ids=str)

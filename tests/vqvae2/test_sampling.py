@@ -49,8 +49,11 @@ def test_noise_differs_between_positions():
 
 def test_noise_differs_between_levels(tmp_path):
     """Under weights of zero a code is where the largest of its noise is, whatever the level."""
-    run = run_lib.check(tmp_path, config_files.load("vqvae2_photos:tiny"))
-    facts = {"shape": [16, 16, 3], "levels": 256, "num_classes": 0, "variance": 0.3}
+    config = config_files.load("vqvae2_photos:tiny")
+    # A grid of 2x3 above, whose odd side is halved.
+    config.bottom.model.conditioning.update({"widths": (8, 8), "bottlenecks": (8, 8)})
+    run = run_lib.check(tmp_path, config)
+    facts = {"shape": [16, 24, 3], "levels": 256, "num_classes": 0, "variance": 0.3}
     run_lib.write_json(run.folder("autoencoder") / "data.json", facts)
     mesh, drawn = sharding.make_mesh(run.config.mesh), {}
     for level, grid in chain_lib.grids(run).items():
@@ -58,7 +61,7 @@ def test_noise_differs_between_levels(tmp_path):
             lambda leaf: np.zeros(leaf.shape, leaf.dtype),
             jax.eval_shape(run.stage(level).model(run).init, jax.random.key(0)),
         )
-        above = (np.zeros((8, 2, 2), np.int32),) if level == "bottom" else ()
+        above = (np.zeros((8, 2, 3), np.int32),) if level == "bottom" else ()
         codes, _ = chain_lib.draw(run, level, mesh)(*zero, jax.random.key(3), jnp.arange(8), above, None, 1.0)
         assert codes.shape == (8, *grid)
         drawn[level] = np.asarray(codes).reshape(8, -1)[:, :4]

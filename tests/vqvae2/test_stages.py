@@ -162,6 +162,22 @@ def test_an_untrained_prior_with_a_silent_head_pays_the_logarithm_of_the_number_
     np.testing.assert_allclose(nats, math.log(NUM_CODES), rtol=1e-6)
 
 
+def test_training_a_prior_drops_for_each_example_and_step_what_these_alone_decide(run):
+    model, config = prior_stage.make(run, "top"), run.config.top.model
+    assert config.dropout == 0.1
+    generator = np.random.default_rng(0)
+    draw = lambda leaf: generator.standard_normal(leaf.shape, np.float32)
+    params, extra = jax.tree.map(draw, jax.eval_shape(lambda: model.init(jax.random.key(0))))
+    batch = {"top": np.zeros((8, *GRIDS["top"]), np.int32), "position": np.arange(8)}
+    loss = jax.jit(lambda order, key: model.loss(params, extra, batch | {"position": order}, key, 0)[1].parts)
+    nats, turned, later = (
+        np.asarray(loss(order, jax.random.key(seed))["nats_per_code"])
+        for order, seed in ((np.arange(8), 0), (np.arange(8)[::-1], 0), (np.arange(8), 1))
+    )
+    np.testing.assert_allclose(turned, nats[::-1], rtol=1e-5)
+    assert len(np.unique(nats)) > 5 and (later != nats).sum() > 5
+
+
 def test_the_variance_that_scales_the_loss_is_that_of_the_training_images(run):
     about = facts.of_run(run)
     assert about.variance == pytest.approx(pixels("train").var(), rel=0.01)  # of 4,096 of the images
