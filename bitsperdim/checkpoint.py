@@ -98,7 +98,8 @@ class Checkpoints:
         step = _from_first_host(self._newest_whole)
         if step == _ALL_DAMAGED:
             raise InputError(
-                f"every checkpoint in {self._folder} is damaged; restore a copy of it, or use a new --workdir"
+                f"every checkpoint in {self._folder} is damaged; restore a copy of it, or remove it to train the stage "
+                "anew"
             )
         if step == _NONE:
             return None

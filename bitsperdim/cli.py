@@ -110,7 +110,7 @@ def sample() -> None:
 
     Where the model is autoregressive over pixels or codes (sampling.npz then has the network calls of each image):
       --top_k=K --top_p=P       the K likeliest values alone; the likeliest ones that together have the probability P
-      --sampler=NAME            default: the fastest for the batch, as --compare_samplers measured it
+      --sampler=NAME            default: the fastest for the batch, as --compare_samplers measured it; VQ-VAE-2: cached
       --batch_size=N            images drawn at once
       --given=FILE.npy          known pixels [h, w, c] or [n, h, w, c], -1 where the model is to fill in
       --compare_samplers        measure every sampler; writes samplers.json, row by row, so it can go on, and pictures
