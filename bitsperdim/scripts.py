@@ -3,12 +3,16 @@
 Not here: what they do (`cli.py`, which takes seconds to import), and signals during training (`signals.py`).
 """
 
+import ctypes
 import importlib
+import os
 import signal
 import sys
 
 from bitsperdim import signals
 
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 # What is left of a script that a signal ends.
 LEFT = {
     "train": "the same command goes on from what is saved",
@@ -38,7 +42,23 @@ def convert() -> None:
     _run("convert")
 
 
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep what XLA frees after each step on a CPU and asks for again in the next.
+
+    Given back to the system it costs a page fault for every 4 KiB, a seventh of the time of small models and up to a
+    fifth of a step at 256 pixels; kept, the process is some 7 % larger. Too late once there are threads. Nothing where
+    the user has settings of his own, or malloc is another one.
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            mallopt(parameter, value)
+
+
 def _run(name: str) -> None:
+    _keep_freed_memory()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signals.raise_interrupt)
     try:
