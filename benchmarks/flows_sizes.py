@@ -53,8 +53,8 @@ WHY = {
 }
 COLUMNS = ("config", "flow", "dequantizer", "parameters_m", "table_4_m", "why")
 SHAPES = {"flows_digits": ((8, 8, 1), 17), "flows_folder": ((64, 64, 3), 256)}
-# Of the coupling before a split of C channels: hidden channels for each of C, at most 512 (in the released code 8); 0: a
-# single 3x3 convolution instead. And whether the top has a trained prior, as in OpenAI's Glow.
+# The coupling before a split of C channels: hidden channels for each of C, at most 512 (8 in the released code); 0: one
+# 3x3 convolution in its place. And whether the top has a trained prior, as in OpenAI's Glow.
 READINGS = {
     **{f"min({factor} C, 512)": (factor, False) for factor in (1, 2, 4, 8, 16)},
     "512": (10**6, False),
