@@ -1,10 +1,10 @@
-"""Flows: training steps, sampling, how masked convolutions are inverted, memory, parameters. A JSON line a case.
+"""Flows: training steps, sampling, how masked convolutions are inverted, memory. A JSON line a case.
 
     taskset -c 0 python benchmarks/macow.py train sample              MaCow's CIFAR-10 model, one thread
     taskset -c 0 python benchmarks/macow.py train sample --config=flows_cifar10:glow
     taskset -c 0 python benchmarks/macow.py sample --batches 1 4 16 64
+    taskset -c 0 python benchmarks/macow.py train --memory plain remat reversible --config=flows_cifar10:glow
     python benchmarks/macow.py memory --config=flows_cifar10:glow     temporary memory by `memory` and depth
-    python benchmarks/macow.py parameters                             every published config beside Table 4
 
 `cpu_seconds` is the least processor time of some calls after compilation, which other work on the machine disturbs
 least; `seconds` the least wall time. Weights are those after the data-dependent start, images are noise.
@@ -12,6 +12,7 @@ least; `seconds` the least wall time. Weights are those after the data-dependent
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -28,31 +29,15 @@ from bitsperdim.facts import Facts
 from flows import density, stage
 from flows.config import Config, ModelConfig
 
-# Edge and levels of the images of each published config, and the parameters that Table 4 of the appendix gives, in
-# millions.
-PUBLISHED = {
-    "flows_cifar10": (32, 256, 41.2),
-    "flows_cifar10:variational": (32, 256, 43.5),
-    "flows_cifar10:glow": (32, 256, 44.2),
-    "flows_imagenet64": (64, 256, 117.2),
-    "flows_imagenet64:variational": (64, 256, 122.5),
-    "flows_imagenet64:glow": (64, 256, 111.6),
-    "flows_lsun128": (128, 32, 166.6),
-    "flows_lsun128:variational": (128, 32, 171.9),
-    "flows_lsun128:glow": (128, 32, 198.1),
-    "flows_celebahq256": (256, 32, 171.9),
-    "flows_celebahq256:variational": (256, 32, 177.3),
-    "flows_celebahq256:glow": (256, 32, 170.8),
-}
-
 
 def main() -> None:
-    cases = {"train": train, "sample": sample, "memory": memory, "parameters": parameters}
+    cases = {"train": train, "sample": sample, "memory": memory}
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cases", nargs="+", choices=cases)
     parser.add_argument("--config", default="flows_cifar10")
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 1])
     parser.add_argument("--scan", nargs="+", default=["on"], choices=("on", "off"))
+    parser.add_argument("--memory", nargs="+", help="what a training step keeps; default the config's")
     parser.add_argument("--inverse", nargs="+", default=["lines", "fixed_point"])
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
@@ -63,8 +48,8 @@ def main() -> None:
 def opened(name: str) -> tuple[Config, Facts]:
     """A config, and what its images are like: no data set is opened."""
     _, config = run_lib.parse(config_files.load(name))
-    edge, levels, _ = PUBLISHED[name] if name in PUBLISHED else PUBLISHED[name.split(":")[0]]
-    return config, Facts((edge, edge, 3), levels)
+    edge = config.data.image_size
+    return config, Facts((edge, edge, 3), 2**config.data.bits)
 
 
 def batch_of(about: Facts, size: int) -> tuple[jax.Array, jax.Array]:
@@ -73,9 +58,10 @@ def batch_of(about: Facts, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    for scan in arguments.scan:
-        config, about = opened(arguments.config)
-        model = density.make(dataclasses.replace(config.model, scan=scan == "on"), about)
+    config, about = opened(arguments.config)
+    for scan, kept in itertools.product(arguments.scan, arguments.memory or [config.model.flow.memory]):
+        flow = dataclasses.replace(config.model.flow, memory=kept)
+        model = density.make(dataclasses.replace(config.model, flow=flow, scan=scan == "on"), about)
         params = started(model, about)
         optimizer = optim.optimizer(config.optim, config.train.steps)
         moments = jax.jit(optimizer.init)(params)
@@ -85,7 +71,7 @@ def train(arguments: argparse.Namespace) -> None:
             updates, moments = optimizer.update(jax.grad(loss)(params), moments, params)
             return jax.tree.map(jnp.add, params, updates), moments
 
-        about_case = {"case": "training step", "config": arguments.config, "scan": scan}
+        about_case = {"case": "training step", "config": arguments.config, "scan": scan, "memory": kept}
         for size in arguments.batches[:1]:
             images, keys = batch_of(about, size)
             # Buffers are reused, as those of a training run are.
@@ -139,8 +125,13 @@ def measured(function: Callable, inputs: tuple, repeats: int, donated: int = 0) 
 
 
 def memory(arguments: argparse.Namespace) -> None:
-    """What gradients keep, by `memory`, at the config's depth and twice it. Scanned, as on an accelerator."""
+    """What a gradient keeps, by `memory`, at the config's depth and twice it. Scanned, as on an accelerator.
+
+    `mib_an_image` is what one image more in the batch adds to the temporary memory. The rest of it is as large as the
+    parameters: kernels with their norm applied, and the gradients of these.
+    """
     config, about = opened(arguments.config)
+    size = arguments.batches[0]
     for kept in ("plain", "remat", *(("reversible",) if config.model.flow.kind == "glow" else ())):
         for factor in (1, 2):
             steps = tuple(tuple(factor * count for count in level) for level in config.model.flow.steps)
@@ -148,27 +139,19 @@ def memory(arguments: argparse.Namespace) -> None:
             changed: ModelConfig = dataclasses.replace(config.model, flow=flow, scan=True)
             model = density.make(changed, about)
             params = jax.eval_shape(model.init, jax.random.key(0))
-            images, keys = batch_of(about, arguments.batches[0])
             loss = lambda params, images, keys: -model.log_weights(params, images, keys, 1)[0].mean()  # noqa: B023
-            options = {"xla_backend_optimization_level": "0"}
-            compiled = jax.jit(jax.value_and_grad(loss)).lower(params, images, keys).compile(options)
-            found = compiled.memory_analysis()
-            case = {"case": "gradient", "config": arguments.config, "memory": kept, "steps": steps}
-            case |= {"batch": arguments.batches[0], "parameter_mib": round(found.output_size_in_bytes / 2**20, 1)}
-            print(json.dumps(case | {"temporary_mib": round(found.temp_size_in_bytes / 2**20, 1)}), flush=True)
 
+            def temporary(size: int, loss: Callable = loss, params: dict = params) -> float:
+                # The memory is assigned before the machine code is made, so that need not be fast.
+                options = {"xla_backend_optimization_level": "0"}
+                compiled = jax.jit(jax.value_and_grad(loss)).lower(params, *batch_of(about, size)).compile(options)
+                return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
-def parameters(arguments: argparse.Namespace) -> None:
-    """From shapes alone. Table 4 counts in millions; its CIFAR-10 rows and ImageNet's variational one fit no released
-    config."""
-    for name, (_, _, published) in PUBLISHED.items():
-        config, about = opened(name)
-        params = jax.eval_shape(density.make(config.model, about).init, jax.random.key(0))
-        count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-        figures = {"flow": count(params["flow"]), "dequantizer": count(params["dequantizer"])}
-        print(
-            json.dumps({"config": name, **figures, "total": count(params), "table_4_millions": published}), flush=True
-        )
+            found = [temporary(batch) for batch in (size, 2 * size)]
+            case = {"case": "gradient", "config": arguments.config, "memory": kept, "steps": steps, "batch": size}
+            case |= {"parameter_mib": round(sum(4 * leaf.size for leaf in jax.tree.leaves(params)) / 2**20, 1)}
+            case |= {"temporary_mib": round(found[0], 1), "mib_an_image": round((found[1] - found[0]) / size, 2)}
+            print(json.dumps(case), flush=True)
 
 
 if __name__ == "__main__":

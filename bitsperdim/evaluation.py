@@ -37,20 +37,22 @@ def evaluate(
     key: Key[Array, ""],
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float]:
-    """`model.summarize` of the exact means over `source`, with `images` and the standard error of every part.
+    """`model.summarize` of the exact means (and maxima) over `source`, with `images` and the standard error of parts.
 
     `progress(done)` is called after each batch, in images.
     """
-    means, tallies = Means(), None
+    means, maxima, tallies = Means(), Means(), None
     for batch in data.evaluation_batches(source, batch_size, sharding.over_batch(mesh)):
         aux = jax.device_get(measure(params, extra, batch, key))
         # Only the tail of the split is padding, so every host knows the mask of all rows.
-        means.add(aux.parts, np.arange(batch_size) < source.size - means.count)
+        mask = np.arange(batch_size) < source.size - means.count
+        means.add(aux.parts, mask)
+        maxima.add(aux.maxima, mask)
         # float64: a split of millions of images has counts that float32 cannot hold.
         widened = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), aux.tallies)
         tallies = widened if tallies is None else jax.tree.map(np.add, tallies, widened)
         progress(means.count)
-    summary = model.summarize(means.means(), tallies)
+    summary = model.summarize(means.means() | maxima.maxima(), tallies)
     errors = {f"{name}_standard_error": means.standard_error(name) for name in means.means() if name in summary}
     return {"images": means.count, **summary, **errors}
 
@@ -61,10 +63,10 @@ def figure_names(model: Model, params: PyTree, extra: PyTree, source: data.Sourc
     like = lambda value: jax.ShapeDtypeStruct((batch_size, *value.shape[1:]), value.dtype)
     aux = jax.eval_shape(model.measure, params, extra, jax.tree.map(like, fields), jax.random.key(0))
     # Numbers that mean nothing, of which nothing but the names is kept.
-    means: dict[str, float] = {name: np.float64(0.5) for name in aux.parts}
+    means: dict[str, float] = {name: np.float64(0.5) for name in (*aux.parts, *aux.maxima)}
     with np.errstate(all="ignore"):
         summary = model.summarize(means, jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5), aux.tallies))
-    return ["images", *summary, *(f"{name}_standard_error" for name in means if name in summary)]
+    return ["images", *summary, *(f"{name}_standard_error" for name in aux.parts if name in summary)]
 
 
 def file_name(split: str) -> str:

@@ -24,7 +24,7 @@ def nats_to_bits(nats: Nats) -> Nats:
 
 
 class Means:
-    """Exact means and standard errors of per-example values that arrive in padded batches."""
+    """Exact means, standard errors and maxima of per-example values that arrive in padded batches."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[np.ndarray]] = {}
@@ -38,6 +38,9 @@ class Means:
 
     def means(self) -> dict[str, float]:
         return {name: float(np.concatenate(values).mean()) for name, values in self._values.items()}
+
+    def maxima(self) -> dict[str, float]:
+        return {name: float(np.concatenate(values).max()) for name, values in self._values.items()}
 
     def standard_error(self, name: str) -> float:
         """s / sqrt(n), s the sample deviation over the images: what another test set of this size would change."""

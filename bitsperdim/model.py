@@ -34,6 +34,8 @@ class Aux(NamedTuple):
     parts: dict[str, Float[Array, " b"]]  # one value per example, named with its unit
     tallies: PyTree  # what `summarize` needs beside the parts (code counts)
     statistics: PyTree  # what `update_extra` needs (codebook sums, BatchNorm moments); not kept
+    # Of `measure`: as `parts`, but the largest value is reported, not the mean
+    maxima: Mapping[str, Float[Array, " b"]] = {}
 
 
 class Model(NamedTuple):
@@ -47,7 +49,8 @@ class Model(NamedTuple):
     init: Callable[[Key[Array, ""]], tuple[PyTree, PyTree]]  # -> params, extra
     loss: Callable[[PyTree, PyTree, Batch, Key[Array, ""], Int[Array, ""]], tuple[Float[Array, ""], Aux]]
     measure: Callable[[PyTree, PyTree, Batch, Key[Array, ""]], Aux]  # masked examples count in no tally
-    summarize: Callable[[dict[str, float], PyTree], dict[str, float]]  # means of the parts, tallies -> logged figures
+    # (means of the parts and the maxima, tallies) -> logged figures
+    summarize: Callable[[dict[str, float], PyTree], dict[str, float]]
     update_extra: Callable[[PyTree, PyTree, Key[Array, ""], Int[Array, ""]], PyTree] = lambda extra, *_: extra
     # Of the arguments of `loss`, means over a batch that it must know before it sees a part: under accumulation `loss`
     # finds those over all micro-batches as batch["whole_batch"]

@@ -91,9 +91,9 @@ def _cpu_noise(config: ConfigDict) -> ConfigDict:
 
 
 def _cpu_glow(config: ConfigDict) -> ConfigDict:
-    """About as many parameters as `cpu`."""
+    """551,712 parameters; `cpu` has 552,804."""
     config = _cpu(config)
-    config.model.flow = ConfigDict({"kind": "glow", "steps": ((6,), (6,)), "widths": (64, 64), "factor": 2})
+    config.model.flow = ConfigDict({"kind": "glow", "steps": ((10,), (10,)), "widths": (80, 80), "factor": 2})
     return config
 
 

@@ -34,6 +34,8 @@ class Density(NamedTuple):
     log_prob: Callable[[PyTree, Float[Array, "b h w c"]], Float[Array, " b"]]  # (params, y) -> log p(y), nats
     encode: Callable[[PyTree, Float[Array, "b h w c"]], Latents]  # (params, y) -> latents
     decode: Callable[[PyTree, Latents], Float[Array, "b h w c"]]  # (params, latents) -> y
+    # (params, images, example keys) -> y with one sample of noise, and what is decoded of its latents
+    round_trip: Callable[..., tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]]
     latent_shapes: tuple[tuple[int, int, int], ...]
 
 
@@ -82,9 +84,13 @@ def make(config: ModelConfig, about: Facts) -> Density:
     def decode(params: PyTree, latents: Latents) -> Float[Array, "b h w c"]:
         return dequantize.unscale(flow.inverse_and_log_det(params["flow"], latents, None)[0], levels, range)
 
+    def round_trip(params: PyTree, images: Array, keys: Key[Array, " b"]) -> tuple[Array, Array]:
+        y = noisy(params, images, keys)
+        return y, decode(params, encode(params, y))
+
     image = jax.ShapeDtypeStruct((1, *about.shape), float)
     shapes = tuple(latent.shape[1:] for latent in jax.eval_shape(lambda x: layers.unpack(config.flow, x), image))
-    return Density(init, log_weights, init_from_batch, noisy, log_prob, encode, decode, shapes)
+    return Density(init, log_weights, init_from_batch, noisy, log_prob, encode, decode, round_trip, shapes)
 
 
 def check(config: ModelConfig, about: Facts) -> None:

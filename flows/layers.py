@@ -144,12 +144,16 @@ def multi_scale(config: FlowConfig, channels: int, condition_channels: int, scan
             found.append(condition)
         return found
 
+    # All kernels with their norm applied, and the gradients of these, are twice the memory of the parameters, and grow
+    # with the depth: where memory is scarce each step applies its own.
+    ready = prepared if config.memory == "plain" else lambda params: conv1x1.prepared(params, with_inverse=False)
+
     def init(key: Key[Array, ""]) -> PyTree:
         keys = jax.random.split(key, len(levels))
         return {f"level{i}": one.init(key) for i, (one, key) in enumerate(zip(levels, keys, strict=True))}
 
     def forward(params: PyTree, x: Array, condition: Condition) -> tuple[tuple[Array, ...], LogDet]:
-        total, latents, params = zero_log_det(x), (), prepared(params)
+        total, latents, params = zero_log_det(x), (), ready(params)
         for i, own in enumerate(squeezed_condition(condition)):
             x = squeeze.squeeze(x) if squeezes[i] else x
             (found, x), log_det = levels[i].forward_and_log_det(params[f"level{i}"], x, own)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree, UInt8
 
 from bitsperdim import augment, data, dequantize, facts, images, likelihood, rng, sharding
 from bitsperdim.facts import Facts
@@ -25,12 +25,12 @@ NUM_PICTURES = 16
 
 
 def stage(config: Config) -> Stage:
-    """The stage; evaluate.py measures it with more noise samples than an evaluation during training."""
+    """The stage. evaluate.py measures it with more noise samples than evaluations during training, and its inverse."""
     measured = config.model.measured_samples
     return Stage(
         "model",
         model=lambda run: make(config.model, facts.of_run(run), measured),
-        evaluated=lambda run: make(config.model, facts.of_run(run), config.evaluation.samples),
+        evaluated=lambda run: make(config.model, facts.of_run(run), config.evaluation.samples, inverts=True),
         source=lambda run, split: data.open_source(config.data, split),
         pictures=_pictures,
         begin=_begin,
@@ -40,11 +40,12 @@ def stage(config: Config) -> Stage:
     )
 
 
-def make(config: ModelConfig, about: Facts, measured_samples: int) -> Model:
+def make(config: ModelConfig, about: Facts, measured_samples: int, inverts: bool = False) -> Model:
     """L = -L_alpha of `config.samples` noise samples, a mean over examples, in nats per image (`bounds.py`).
 
     Measured are the evidence lower bound (the mean over `measured_samples` draws) and the importance-weighted bound
-    with as many, whose difference estimates KL(q(u | x) || p(u | x)) from below (eq. 3).
+    with as many, whose difference estimates KL(q(u | x) || p(u | x)) from below (eq. 3). `inverts`: also the error of
+    y = x + u, in levels, when it is encoded and decoded again, and the share of images whose levels are then x.
     """
     model, dims = density.make(config, about), math.prod(about.shape)
 
@@ -69,7 +70,11 @@ def make(config: ModelConfig, about: Facts, measured_samples: int) -> Model:
         keys = rng.per_example(rng.for_purpose(key, "noise"), batch["position"])
         log_w, log_q = model.log_weights(params, batch["image"], keys, measured_samples)
         _, values = parts(log_w, log_q, 1.0)
-        return Aux(values | {"importance_weighted_nats": -bounds.renyi(log_w, 0.0)}, (), ())
+        values |= {"importance_weighted_nats": -bounds.renyi(log_w, 0.0)}
+        if not inverts:
+            return Aux(values, (), ())
+        means, maxima = round_trip_errors(batch["image"], *model.round_trip(params, batch["image"], keys), about.levels)
+        return Aux(values | means, (), (), maxima)
 
     def summarize(means: dict[str, float], tallies: PyTree) -> dict[str, float]:
         if "importance_weighted_nats" not in means:
@@ -82,9 +87,20 @@ def make(config: ModelConfig, about: Facts, measured_samples: int) -> Model:
             "dequantization_gap_bits_per_dim": bits["nats"] - bits["importance_weighted_nats"],
             "noise_entropy_bits_per_dim": bits["noise_entropy_nats"],
             "nats": means["nats"],
+            **{name: value for name, value in means.items() if name.startswith("round_trip")},
         }
 
     return Model(init, loss, measure, summarize)
+
+
+def round_trip_errors(
+    image: UInt8[Array, "b h w c"], y: Float[Array, "b h w c"], back: Float[Array, "b h w c"], levels: int
+) -> tuple[dict[str, Float[Array, " b"]], dict[str, Float[Array, " b"]]]:
+    """Of each image: what is to be averaged, and what is to be maximised."""
+    over, error = (1, 2, 3), jnp.abs(back - y)
+    exact = (dequantize.to_levels(back, levels) == image).all(over)
+    means = {"round_trip_mean_error_levels": error.mean(over), "round_trip_exact_images": exact.astype(error.dtype)}
+    return means, {"round_trip_largest_error_levels": error.max(over)}
 
 
 def _begin(run: Run, mesh: Mesh) -> dict[str, PyTree]:

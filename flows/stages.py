@@ -12,9 +12,10 @@ def stages(config: Config) -> tuple[Stage, ...]:
 
 
 def report(config: Config, measured: dict[str, Any]) -> dict[str, Any]:
-    """The bound, and what kind of bound it is: of how many noise samples, of which noise."""
+    """The bound, of how many noise samples and of which noise it is, and how exactly the flow is inverted."""
     figures = measured["model"]
-    wanted = [name for name in figures if "bits_per_dim" in name and not name.endswith("_standard_error")]
+    reported = lambda name: "bits_per_dim" in name or name.startswith("round_trip")
+    wanted = [name for name in figures if reported(name) and not name.endswith("_standard_error")]
     return {
         "dequantization": "uniform" if config.model.dequantization is None else "variational",
         "samples": config.evaluation.samples,

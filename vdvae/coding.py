@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
-from bitsperdim import rng
+from bitsperdim import great_circle, rng
 from vdvae import levels, network, vae
 from vdvae.layers import Params
 from vdvae.network import Source
@@ -84,22 +84,9 @@ def interpolated(
         keep = lambda draw: model.net.latent.noise_of(draw.prior, draw.z)
         return vae.infer(model, params, image, middles(model, len(image)), keep)[1]
 
-    between = [_on_great_circle(a, b, share) for a, b in zip(noise(one), noise(other), strict=True)]
+    between = [great_circle.between(a, b, share) for a, b in zip(noise(one), noise(other), strict=True)]
     raw, _ = vae.generate(model, params, [Source(prior_noise=eps) for eps in between])
     return likeliest(model, raw)
-
-
-def _on_great_circle(a: Float[Array, "b ..."], b: Float[Array, "b ..."], share: Array | float) -> Float[Array, "b ..."]:
-    """(sin((1 - t) w) a + sin(t w) b) / sin w, with the angle w between a and b."""
-    over = tuple(range(1, a.ndim))
-    total = lambda x: x.sum(over, keepdims=True)
-    cosine = total(a * b) / jnp.maximum(jnp.sqrt(total(a * a) * total(b * b)), 1e-30)
-    angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
-    # A straight line where the two nearly coincide or are opposite: there the circle is undefined.
-    is_defined = (angle > 1e-3) & (angle < math.pi - 1e-3)
-    safe = jnp.where(is_defined, angle, 1.0)
-    weight = lambda t: jnp.where(is_defined, jnp.sin(t * safe) / jnp.sin(safe), t)
-    return weight(1.0 - share) * a + weight(share) * b
 
 
 def importance_weighted(

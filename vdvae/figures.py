@@ -1,6 +1,6 @@
 """Figures of a trained run on held-out images: what each level adds, swapped and interpolated latents, pruning.
 
-Each is a function (key, number of images, progress, ...) -> a picture and a record of it.
+The path from one image to another is that of all families (`bitsperdim/figures.py`).
 Not here: pictures while a run trains (`pictures.py`).
 """
 
@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, PyTree, UInt8
 
-from bitsperdim import data, facts, images, likelihood, metrics, rng, sharding, trainer
+from bitsperdim import data, facts, figures, likelihood, metrics, rng, sharding, trainer
+from bitsperdim.figures import Figure
 from bitsperdim.likelihood import Means
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
@@ -23,9 +24,7 @@ from vdvae import levels, pruning, vae
 from vdvae.pruning import Channels
 from vdvae.vae import Vae
 
-Figure = tuple[UInt8[np.ndarray, "H W 3"], dict[str, Any]]
 Temperature = float | Mapping[str, float] | None
-STEPS = 9  # of an interpolation, its ends included
 MOST = 8  # images in the picture of pruning, whose table has more
 PARTS = ("reconstruction", "kl")
 
@@ -36,7 +35,7 @@ def of_run(run: Run, mesh: Mesh, loaded: Loaded) -> dict[str, Callable[..., Figu
     return {
         "progressive": functools.partial(_progressive, run, model, loaded),
         "swap": functools.partial(_swap, run, model, loaded),
-        "interpolation": functools.partial(_interpolation, run, model, loaded),
+        "interpolation": functools.partial(figures.interpolation, run, loaded, shown=functools.partial(_target, model)),
         "pruning": functools.partial(_pruning, run, mesh, model),
     }
 
@@ -45,7 +44,7 @@ def _progressive(
     run: Run, model: Vae, loaded: Loaded, key: Key[Array, ""], n: int, progress: Any, temperature: Temperature = None
 ) -> Figure:
     """Latents of the first resolutions from the posterior of an image, the rest drawn from the prior."""
-    originals = _held_out(run, n)
+    originals = figures.held_out(run, n)
     latents = loaded.encode(originals, key)
     names, ends = _resolutions(model)
     decode = lambda end: loaded.decode(_first(latents, end), key, temperature)
@@ -53,29 +52,18 @@ def _progressive(
     columns = [_target(model, originals), prior, *(decode(end) for end in ends)]
     heads = ["image", "prior", *(f"to {name}" for name in names)]
     about = {"layers_from_posterior": [0, *ends], "temperature": temperature}
-    return _side_by_side(columns, heads, loaded.levels), about
+    return figures.side_by_side(columns, heads, loaded.levels), about
 
 
 def _swap(run: Run, model: Vae, loaded: Loaded, key: Key[Array, ""], n: int, progress: Any) -> Figure:
     """Latents of one image up to a resolution, those of another image behind it."""
-    one, other = _held_out_pairs(run, n)
+    one, other = figures.held_out_pairs(run, n)
     first, second = loaded.encode(one), loaded.encode(other)
     names, ends = _resolutions(model)
     mixed = [loaded.decode([*first[:end], *second[end:]]) for end in (0, *ends)]
     heads = ["A", "B: all", *(f"A to {name}" for name in names[:-1]), "A: all", "B"]
     columns = [_target(model, one), *mixed, _target(model, other)]
-    return _side_by_side(columns, heads, loaded.levels), {"layers_of_the_first": [0, *ends]}
-
-
-def _interpolation(run: Run, model: Vae, loaded: Loaded, key: Key[Array, ""], n: int, progress: Any) -> Figure:
-    """Between two images, in the noise of the prior (`coding.interpolated`); the ends are their reconstructions."""
-    one, other = _held_out_pairs(run, n)
-    assert loaded.interpolate is not None
-    shares = np.linspace(0.0, 1.0, STEPS)
-    between = [loaded.interpolate(one, other, share) for share in shares]
-    heads = ["A", *(f"{share:.0%}" for share in shares), "B"]
-    columns = [_target(model, one), *between, _target(model, other)]
-    return _side_by_side(columns, heads, loaded.levels), {"shares": shares.tolist()}
+    return figures.side_by_side(columns, heads, loaded.levels), {"layers_of_the_first": [0, *ends]}
 
 
 def _pruning(
@@ -133,20 +121,8 @@ def _pruning(
         )
     heads = ["image", *(f"{share:.3g} %" for share in 100.0 * np.asarray(keep))]
     first = _target(model, source.read(np.arange(len(next(iter(pictures.values())))))["image"])
-    picture = _side_by_side([first, *pictures.values()], heads, model.output.levels)
+    picture = figures.side_by_side([first, *pictures.values()], heads, model.output.levels)
     return picture, {"images": source.size, "count": config.count, "dtype": config.dtype, "rows": rows}
-
-
-def _held_out(run: Run, n: int) -> UInt8[np.ndarray, "n h w c"]:
-    """So many held-out images, spread over the split; again from its beginning where it has fewer."""
-    source = data.open_source(run.config.data, "evaluation")
-    trainer.check_sources(run, run.stage("model"), {"evaluation": source})
-    return source.read(np.linspace(0, source.size, n, endpoint=False).astype(np.int64))["image"]
-
-
-def _held_out_pairs(run: Run, n: int) -> tuple[UInt8[np.ndarray, "n h w c"], UInt8[np.ndarray, "n h w c"]]:
-    both = _held_out(run, 2 * n)
-    return both[::2], both[1::2]
 
 
 def _target(model: Vae, image: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
@@ -164,9 +140,3 @@ def _resolutions(model: Vae) -> tuple[list[str], list[int]]:
 
 def _first(latents: Sequence[np.ndarray], end: int) -> list[np.ndarray | None]:
     return [z if layer < end else None for layer, z in enumerate(latents)]
-
-
-def _side_by_side(columns: Sequence[np.ndarray], heads: Sequence[str], levels: int) -> UInt8[np.ndarray, "H W 3"]:
-    """A row for each image, with a heading over each column."""
-    tiles = np.stack(columns, axis=1).reshape(-1, *columns[0].shape[1:])
-    return images.labelled(images.grid(tiles, columns=len(columns), levels=levels), columns=heads)

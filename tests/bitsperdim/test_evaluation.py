@@ -60,6 +60,18 @@ def test_progress_counts_images_and_not_padding(case, sub_mesh):
     assert seen == [160, 320, 360]
 
 
+def test_a_maximum_is_that_of_the_images_and_not_of_padding(case, sub_mesh):
+    model, variables, source = case
+    model = model._replace(summarize=lambda figures, tallies: figures)
+
+    def measure(params, extra, batch, key):
+        position = np.asarray(batch["position"])
+        return Aux({}, (), (), {"last": np.where(np.asarray(batch["mask"]), position, 10**6)})
+
+    figures = evaluation.evaluate(model, measure, *variables, source, 160, sub_mesh(1), jax.random.key(0))
+    assert figures == {"images": 360, "last": 359.0}
+
+
 def test_counts_beyond_float32_are_exact(case, sub_mesh):
     model, variables, source = case
     many = np.float32(2**24)

@@ -1,5 +1,7 @@
 """Every bijector against numeric Jacobians and its own inverse; the orders of masked convolutions by perturbation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,16 +169,16 @@ def test_a_scale_near_zero_has_a_finite_log_det():
 
 @pytest.fixture(scope="module")
 def gradients():
-    """Value and gradients of a loss over like steps, by how they are computed."""
-    one = layers.step(4, shape(kind="glow"))
-    x = jax.random.normal(jax.random.key(7), (3, 4, 4, 4))
-    params = perturbed(repeat(one, 3, False))
+    """Value and gradients of a loss of a whole flow, by how its like steps are computed."""
+    x = jax.random.normal(jax.random.key(7), (3, 8, 8, 1))
+    config = FlowConfig(((3,), (1,)), (4, 4), kind="glow", factor=2)
+    params = perturbed(packed(config))
 
     def of(scan, memory):
-        steps = repeat(one, 3, scan, memory)
+        flow = packed(dataclasses.replace(config, memory=memory), scan)
 
         def loss(params, x):
-            y, log_det = steps.forward_and_log_det(params, x, None)
+            y, log_det = flow.forward_and_log_det(params, x, None)
             return (jnp.square(y).sum((1, 2, 3)) - log_det).sum()
 
         return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
