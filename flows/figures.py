@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 
@@ -57,7 +58,7 @@ def _reconstruction(run: Run, levels: int, round_trip: RoundTrip, key: Key[Array
     """Images, the same encoded and decoded, and the error between, so magnified that the largest is white."""
     originals = figures.held_out(run, n)
     y, back = round_trip(originals)
-    found = np.asarray(dequantize.to_levels(back, levels))
+    found = np.asarray(dequantize.to_levels(jnp.asarray(back), levels))
     error = np.abs(back.astype(float) - y)
     magnified = np.rint(error * ((levels - 1) / max(error.max(), np.finfo(float).tiny))).astype(np.uint8)
     record = {

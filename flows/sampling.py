@@ -120,7 +120,7 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         """Encoded and decoded again: equal to the images while the round trip is exact to within the noise, for a flow
         is a bijection. Where it is not, the largest error is said."""
         y, back = round_trip(images)
-        found = np.asarray(dequantize.to_levels(back, about.levels))
+        found = np.asarray(dequantize.to_levels(jnp.asarray(back), about.levels))
         if (found != images).any():
             error = np.abs(back - y).max()
             run_lib.say(f"warning: reconstructions differ; the largest round-trip error is {error:.2g} levels")
