@@ -15,6 +15,10 @@ import time
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
 
+from bitsperdim import scripts
+
+scripts.keep_freed_memory()  # as the scripts do, before JAX has threads
+
 import jax
 import jax.numpy as jnp
 

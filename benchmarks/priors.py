@@ -14,6 +14,10 @@ import functools
 import json
 import time
 
+from bitsperdim import scripts
+
+scripts.keep_freed_memory()  # as the scripts do, before JAX has threads
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -11,8 +11,8 @@
 the mean over the last ten steps; `step_ms` the median after compilation, `step_cpu_seconds` the same in seconds of the
 processor, which the machine's other work changes less, `least_cpu_seconds` their minimum; `temporary_mib` what the
 compiled program needs beside its arguments. XLA's CPU backend emulates bfloat16, so its time says nothing there. One
-thread: XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 0. A fifth of a step at 256 pixels goes into mapping the
-memory that each step gives back; MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000 keeps it.
+thread: XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 0. Without the C library's keeping freed memory (any
+variable MALLOC_... leaves it as it is) a tenth to a fifth of a step at 256 pixels goes into mapping it anew.
 """
 
 import argparse
@@ -20,6 +20,10 @@ import ast
 import json
 import tempfile
 import time
+
+from bitsperdim import scripts
+
+scripts.keep_freed_memory()  # as the scripts do, before JAX has threads
 
 import jax
 import numpy as np

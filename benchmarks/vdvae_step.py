@@ -12,6 +12,10 @@ import statistics
 import time
 from collections.abc import Callable
 
+from bitsperdim import scripts
+
+scripts.keep_freed_memory()  # as the scripts do, before JAX has threads
+
 import jax
 import numpy as np
 

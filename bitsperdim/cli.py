@@ -105,7 +105,7 @@ def sample() -> None:
       --nearest=K               also nearest.png: each sample beside the K training images nearest in pixel space
       --features=MODULE:FUNCTION  nearest in this space instead: images -> numbers [n, ...]
       --config.data.KEY=FOLDER  where the images are now, as for evaluate.py
-      --figure=NAME             vdvae: interpolation progressive swap pruning; flows: interpolation scales reconstruction
+      --figure=NAME             vdvae: interpolation progressive swap pruning; flow: interpolation scales reconstruction
       --decode=SPLIT            images from what train.py --stage=latents has stored of a split: decoded-SPLIT.npy
 
     Where the model is autoregressive over pixels or codes (sampling.npz then has the network calls of each image):

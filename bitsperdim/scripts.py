@@ -42,7 +42,7 @@ def convert() -> None:
     _run("convert")
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tells glibc to keep what XLA frees after each step on a CPU and asks for again in the next.
 
     Given back to the system it costs a page fault for every 4 KiB, a seventh of the time of small models and up to a
@@ -58,7 +58,7 @@ def _keep_freed_memory() -> None:
 
 
 def _run(name: str) -> None:
-    _keep_freed_memory()
+    keep_freed_memory()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signals.raise_interrupt)
     try:

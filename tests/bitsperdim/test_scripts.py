@@ -11,7 +11,7 @@ import pytest
 COUNT = """
 import resource
 from bitsperdim import scripts
-scripts._keep_freed_memory()
+scripts.keep_freed_memory()
 b"x" * 2**26
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
