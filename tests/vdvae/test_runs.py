@@ -244,7 +244,8 @@ def gradients(config, size, accumulation=1, rows=None):
     params = _randomised(model.init(jax.random.key(0))[0])
     state = {"params": params, "extra": {}, "step": jnp.int32(0)}
     batch = {"image": jnp.asarray(image), "position": jnp.arange(size, dtype=jnp.int32)}
-    places = jax.tree.map(lambda leaf: leaf.sharding, params)
+    everywhere = sharding.replicated(sharding.make_mesh(sharding.MeshConfig()))
+    places = jax.tree.map(lambda leaf: everywhere, params)
     whole = lambda state, batch: step_lib._gradients(model, accumulation, state, batch, jax.random.key(5), places)
     return jax.jit(whole)(state, batch)
 
