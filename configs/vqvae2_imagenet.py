@@ -4,7 +4,7 @@
     python train.py --config=configs/vqvae2_imagenet.py:table4_b128_h256_r1024_a2 --stage=top
 
 Meant for: 8 accelerators of 16 GB (parameters sharded over all of them, bfloat16, micro-batches). By the compiled
-programs each needs 5.3 GiB for the top and 7.3 GiB for the bottom prior, computing in float32 (`benchmarks/sizes.py`);
+programs each needs 9.1 GiB for the top and 11.2 GiB for the bottom prior, computing in float32 (`benchmarks/sizes.py`);
 with more memory or devices lower `train.accumulation`. The paper had 8 TPU cores for the autoencoder and 128 for
 the priors. `:small_prior` for one GPU.
 Reach: validation MSE 0.0050, top 3.41 and bottom 3.45 nats per code (from the paper; not yet reproduced here). The
