@@ -93,8 +93,8 @@ class DataConfig:
         if self.source != "folder":
             _check_not_given(self, ["test_fraction"])
         if self.source not in STORED:
-            edges = ("image_height", "image_width") if self.source == "synthetic" else ()  # noise has any shape
-            _check_not_given(self, [key for key in PREPARATION if key not in edges])
+            sized = ("image_height", "image_width") if self.source == "synthetic" else ()  # noise has any shape
+            _check_not_given(self, [key for key in PREPARATION if key not in sized])
         _check_target(self)
         _check_preparation(self)
         if not 1 <= self.bits <= 8:
@@ -173,8 +173,7 @@ def _open_at_full_depth(config: DataConfig, split: str) -> Source:
     if config.source == "digits":
         return sources.digits(split)
     if config.source == "synthetic":
-        height, width = config.image_height or config.image_size, config.image_width or config.image_size
-        shape = (height, width, config.synthetic_channels)
+        shape = (*edges(config), config.synthetic_channels)
         size, levels, num_classes = config.synthetic_size, config.synthetic_levels, config.synthetic_classes
         return sources.synthetic(split, size, shape, levels, num_classes)
     preparation, storage = _preparation(config), _storage(config, split)
@@ -190,14 +189,23 @@ def _open_at_full_depth(config: DataConfig, split: str) -> Source:
         )
         return open_folder(folder, split, preparation, storage)
     split = {"train": config.train_split, "evaluation": config.evaluation_split}.get(split, split)
-    data_dir = config.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return open_tfds(config.name, split, data_dir, preparation, storage, config.download)
+    return open_tfds(config.name, split, tfds_dir(config), preparation, storage, config.download)
+
+
+def edges(config: DataConfig) -> tuple[int, int]:
+    """Height and width that images are brought to; 0 where they stay as they are stored."""
+    return config.image_height or config.image_size, config.image_width or config.image_size
+
+
+def tfds_dir(config: DataConfig) -> str:
+    return config.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
 
 
 def _preparation(config: DataConfig) -> Preparation:
+    height, width = edges(config)
     return Preparation(
-        height=config.image_height or config.image_size,
-        width=config.image_width or config.image_size,
+        height=height,
+        width=width,
         channels=config.channels,
         resize=config.resize,
         resampling=config.resampling,

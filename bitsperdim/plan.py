@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -231,25 +230,23 @@ def stand_in(config: DataConfig) -> DataConfig:
     """
     if config.source in ("photos", "digits", "synthetic"):
         return config
-    height, width = config.image_height or config.image_size, config.image_width or config.image_size
+    height, width = data.edges(config)
     if config.source == "tfds":
-        data_dir = config.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-        shape, levels, classes = tfds_source.described(config.name, data_dir)
+        shape, levels, classes = tfds_source.described(config.name, data.tfds_dir(config))
     elif config.labels or not height:
         source = data.open_source(config, "train")
         shape, levels, classes = source.shape, 256, source.num_classes
     else:
         shape, levels, classes = (height, width, config.channels or 3), 256, 0
-    edges = (height or shape[0], width or shape[1])
-    channels = config.channels or shape[2]
-    if not (edges[0] and edges[1] and channels):
+    height, width, channels = height or shape[0], width or shape[1], config.channels or shape[2]
+    if not (height and width and channels):
         raise InputError(
             f"images of {config.name or config.path} have no size of their own; set data.image_size and data.channels"
         )
     return DataConfig(
         source="synthetic",
-        image_height=edges[0],
-        image_width=edges[1],
+        image_height=height,
+        image_width=width,
         bits=config.bits,
         binarize=config.binarize,
         labels=config.labels,
