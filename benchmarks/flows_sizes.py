@@ -14,9 +14,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-from bitsperdim import config_files
+from bitsperdim import config_files, plan
 from bitsperdim import run as run_lib
-from bitsperdim.facts import Facts
 from flows import density
 from flows.config import FlowConfig
 
@@ -52,7 +51,6 @@ WHY = {
     "flows_celebahq256:glow": "no config was released; cut off instead of rounded",
 }
 COLUMNS = ("config", "flow", "dequantizer", "parameters_m", "table_4_m", "why")
-SHAPES = {"flows_digits": ((8, 8, 1), 17), "flows_folder": ((64, 64, 3), 256)}
 # The coupling before a split of C channels: hidden channels for each of C, at most 512 (8 in the released code); 0: one
 # 3x3 convolution in its place. And whether the top has a trained prior, as in OpenAI's Glow.
 READINGS = {
@@ -78,8 +76,8 @@ def main() -> None:
 
 
 def case(name: str) -> dict:
-    config, about = opened(name)
-    params = jax.eval_shape(density.make(config.model, about).init, jax.random.key(0))
+    _, config = run_lib.parse(config_files.load(name))
+    params = jax.eval_shape(density.make(config.model, plan.facts_of(config.data)).init, jax.random.key(0))
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     found = {"config": name, "flow": count(params["flow"]), "dequantizer": count(params["dequantizer"])}
     found |= {"parameters_m": round(count(params) / 1e6, 3 if count(params) < 1e6 else 2)}
@@ -88,17 +86,9 @@ def case(name: str) -> dict:
     return found
 
 
-def opened(name: str):
-    """A config, and what its images are like: no data set is opened."""
-    _, config = run_lib.parse(config_files.load(name))
-    edge = config.data.image_size
-    shape, levels = SHAPES.get(name.split(":")[0], ((edge, edge, 3), 2**config.data.bits))
-    return config, Facts(shape, levels)
-
-
 def glow_parameters(name: str, factor: int, has_top: bool) -> int:
     """In closed form, under one of `READINGS`."""
-    flow: FlowConfig = opened(name)[0].model.flow
+    flow: FlowConfig = run_lib.parse(config_files.load(name))[1].model.flow
     total, channels = 0, 3
     for i, (steps, width) in enumerate(zip(flow.steps, flow.widths, strict=True)):
         channels *= 4

@@ -27,7 +27,7 @@ scripts.keep_freed_memory()  # as the scripts do, before JAX has threads
 import jax
 import jax.numpy as jnp
 
-from bitsperdim import config_files, optim, rng
+from bitsperdim import config_files, optim, plan, rng
 from bitsperdim import run as run_lib
 from bitsperdim.facts import Facts
 from flows import density, stage
@@ -52,8 +52,7 @@ def main() -> None:
 def opened(name: str) -> tuple[Config, Facts]:
     """A config, and what its images are like: no data set is opened."""
     _, config = run_lib.parse(config_files.load(name))
-    edge = config.data.image_size
-    return config, Facts((edge, edge, 3), 2**config.data.bits)
+    return config, plan.facts_of(config.data)
 
 
 def batch_of(about: Facts, size: int) -> tuple[jax.Array, jax.Array]:

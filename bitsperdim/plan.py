@@ -31,6 +31,7 @@ from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
 from bitsperdim.data import DataConfig
 from bitsperdim.errors import InputError
+from bitsperdim.facts import Facts
 from bitsperdim.model import Batch, Stage
 from bitsperdim.run import Run
 
@@ -255,6 +256,12 @@ def stand_in(config: DataConfig) -> DataConfig:
         synthetic_levels=levels,
         synthetic_classes=classes,
     )
+
+
+def facts_of(config: DataConfig) -> Facts:
+    """Of the images that a data config describes, without opening them."""
+    source = data.open_source(stand_in(config), "train")
+    return Facts(source.shape, source.levels)
 
 
 def _path(config: Any, settings: step_lib.TrainConfig) -> str:
