@@ -4,8 +4,10 @@ On CPUs XLA is slow at the two gradients of a convolution, an order of magnitude
 `lax.scan`, and at convolutions whose kernels have one pixel. Both gradients are linear maps that can be written as
 what it is fast at, ordinary convolutions and matrix products:
 
-    dL/dx = dL/dy padded by k - 1, convolved with the kernel turned by 180 degrees,
+    dL/dx = dL/dy padded by k - 1 less the padding of x, convolved with the kernel turned by 180 degrees,
     dL/dk[i, j] = x[i : i + h, j : j + w]^T dL/dy, a matrix product for each tap, or one for all of them.
+
+Both keep the padding inside the convolution, where it costs nothing, and where 'SAME' meets XLA's fastest kernels.
 
 So scanned layers, steps and micro-batches run on CPUs as fast as unrolled ones. Accelerators have kernels of their own
 for these gradients and get XLA's operation. The price, on CPUs: no forward-mode differentiation (`jax.jvp`, `jacfwd`)
@@ -25,7 +27,9 @@ from jaxtyping import Array, Float
 from bitsperdim import sharding
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-Padding = str | Sequence[tuple[int, int]]  # 'SAME', 'VALID' or (before, after) of both axes
+Sides = tuple[tuple[int, int], tuple[int, int]]  # (before, after) of both axes
+Padding = str | Sequence[tuple[int, int]]  # 'SAME', 'VALID' or sides
+NO_PADDING: Sides = ((0, 0), (0, 0))
 
 
 def convolve(
@@ -43,15 +47,14 @@ def convolve(
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT, precision=precision)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    if any(sum(sides) for sides in padding):
-        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    (top, bottom), (left, right) = padding
     if kernel.shape[:2] == (1, 1):
-        x = x[:, :: strides[0], :: strides[1]]
+        x = _padded(x, padding)[:, :: strides[0], :: strides[1]]
         # Of two dimensions: XLA hands only such products to its fast kernels.
         return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
     if strides != (1, 1):
-        x, kernel = _blocks(x, kernel, strides)
-    return _valid(x, kernel)
+        return _strideless(*_blocks(_padded(x, padding), kernel, strides), NO_PADDING)
+    return _strideless(x, kernel, ((top, bottom), (left, right)))
 
 
 def _blocks(x: Array, kernel: Array, strides: tuple[int, int]) -> tuple[Array, Array]:
@@ -70,29 +73,36 @@ def _blocks(x: Array, kernel: Array, strides: tuple[int, int]) -> tuple[Array, A
     return x.reshape(*x.shape[:3], -1), kernel.reshape(by, bx, -1, outputs)
 
 
-@jax.custom_vjp
-def _valid(x: Array, kernel: Array) -> Array:
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=LAYOUT)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _strideless(x: Array, kernel: Array, padding: Sides) -> Array:
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=LAYOUT)
 
 
-def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _valid(x, kernel), (x, kernel)
+def _forward(x: Array, kernel: Array, padding: Sides) -> tuple[Array, tuple[Array, Array]]:
+    return _strideless(x, kernel, padding), (x, kernel)
 
 
-def _backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _backward(padding: Sides, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = kept
     (kh, kw, inputs, outputs), (height, width) = kernel.shape, dy.shape[1:3]
-    around = jnp.pad(dy, ((0, 0), (kh - 1, kh - 1), (kw - 1, kw - 1), (0, 0)))
-    dx = _valid(around, kernel[::-1, ::-1].swapaxes(2, 3))
+    (top, bottom), (left, right) = padding
+    turned = (kh - 1 - top, kh - 1 - bottom), (kw - 1 - left, kw - 1 - right)
+    dx = _strideless(dy, kernel[::-1, ::-1].swapaxes(2, 3), turned)
     taps = [(a, b) for a in range(kh) for b in range(kw)]
     if outputs < inputs:
         # What is cut out for each tap is that of the fewer channels: dy, so that one product holds all taps.
-        top, left, (rows, columns) = kh - 1, kw - 1, x.shape[1:3]
-        shifted = [around[:, top - a : top - a + rows, left - b : left - b + columns] for a, b in taps]
+        around, (rows, columns) = _padded(dy, turned), x.shape[1:3]
+        shifted = [around[:, kh - 1 - a : kh - 1 - a + rows, kw - 1 - b : kw - 1 - b + columns] for a, b in taps]
         products = _over_pixels(x, jnp.concatenate(shifted, -1)).reshape(inputs, kh, kw, outputs)
         return dx, products.transpose(1, 2, 0, 3)
-    products = [_over_pixels(x[:, a : a + height, b : b + width], dy) for a, b in taps]
+    around = _padded(x, padding)
+    products = [_over_pixels(around[:, a : a + height, b : b + width], dy) for a, b in taps]
     return dx, jnp.stack(products).reshape(kernel.shape)
+
+
+def _padded(x: Array, padding: Sequence[tuple[int, int]]) -> Array:
+    """Rows and columns of zeros around; a negative number cuts off."""
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*sides, 0) for sides in padding), (0, 0, 0)])
 
 
 def _over_pixels(x: Array, dy: Array) -> Array:
@@ -101,7 +111,7 @@ def _over_pixels(x: Array, dy: Array) -> Array:
     return jax.lax.dot_general(flat(x), flat(dy), (((0,), (0,)), ((), ())))
 
 
-_valid.defvjp(_forward, _backward)
+_strideless.defvjp(_forward, _backward)
 
 
 def _of_linen(

@@ -12,6 +12,7 @@ CASES = [  # size of the input, of the kernel, strides, padding
     ((5, 6), (3, 3), (1, 1), "SAME"),
     ((5, 6), (2, 3), (1, 1), "VALID"),
     ((4, 7), (2, 3), (1, 1), ((1, 0), (1, 1))),
+    ((5, 6), (2, 3), (1, 1), ((2, 0), (3, 1))),  # more than the kernel reaches
     ((5, 6), (1, 1), (1, 1), "VALID"),
     ((5, 6), (1, 1), (2, 2), "SAME"),
     ((8, 8), (4, 4), (2, 2), "SAME"),
@@ -25,7 +26,7 @@ CASES = [  # size of the input, of the kernel, strides, padding
 
 @pytest.mark.parametrize(
     "size, kernel_size, strides, padding, channels",
-    [*((*case, (3, 4)) for case in CASES), *((*case, (5, 2)) for case in (CASES[2], CASES[5]))],  # to more, to fewer
+    [*((*case, (3, 4)) for case in CASES), *((*case, (5, 2)) for case in (CASES[2], CASES[3], CASES[6]))],  # to more, to fewer
 )
 def test_values_and_gradients_are_those_of_xla(size, kernel_size, strides, padding, channels):
     keys = jax.random.split(jax.random.key(0), 3)
