@@ -112,16 +112,21 @@ class Observer:
     def _log(self, done: int) -> None:
         # Averages over every step since the last log, or since a start between two logs, so their number is logged too.
         # Fetched at once: a fetch per step would stall the device.
-        reports = [(report.parts, report.tallies) for report in self._window]
-        reports, figures = jax.device_get((reports, self._window[-1].figures))
+        reports, last = [(report.parts, report.tallies) for report in self._window], self._window[-1].figures
+        norms = [report.figures["gradient_norm"] for report in self._window]
+        reports, figures, norms = jax.device_get((reports, last, norms))
         self._window = []
         over = lambda reduce: lambda *values: reduce(np.concatenate(values), axis=0)
         means = {name: float(v) for name, v in jax.tree.map(over(np.mean), *[parts for parts, _ in reports]).items()}
         tallies = jax.tree.map(over(np.sum), *[tallies for _, tallies in reports])
         figures = {name: float(values[-1]) for name, values in figures.items()}
+        figures["largest_gradient_norm"] = float(np.max(np.concatenate(norms)))  # which a skip rule goes by
         rate = self._throughput.read(done)
         summary = self._model.summarize(means, tallies)
-        self._console.progress(done, {name: summary[name] for name in list(summary)[:2]}, rate)
+        shown = {name: summary[name] for name in list(summary)[:2]}
+        if figures["skipped_steps"] or done == self._config.steps:
+            shown["skipped_steps"] = int(figures["skipped_steps"])
+        self._console.progress(done, shown, rate)
         count = {"steps": len(reports) * self._config.steps_per_dispatch}
         self._write(done, "train", {**count, **summary, **figures, "images_per_second": rate.images_per_second})
         bad = int(figures["non_finite_in_a_row"])

@@ -2,18 +2,18 @@
 
     python train.py --config=configs/vdvae_cifar10.py:c1 --config.data.data_dir=$HOME/tensorflow_datasets
 
-Meant for: one GPU; `:released` two of them; `:cpu` for two CPU cores. The base is `:c1` with a bfloat16 trunk and a
-Polyak average that warms up, the whole test set, and the rest as published.
+Meant for: one GPU; `:released` two of them; `:cpu` and its variants (5 bits, Table 2a) for two CPU cores. The base is
+`:c1` with a bfloat16 trunk and a Polyak average that warms up, the whole test set, and the rest as published.
 Reach: c1 2.91, released 2.87, vdvae 2.87 bits/dim (published; not yet reproduced here). Published figures of
 Efficient-VDVAE are of one half of the test set, that of VDVAE of all of it. The paper shows no samples: temperature 1.
 What differs from the paper: `released` is the released `cifar10_baseline`, 56.6 M parameters, where Table 3 says 51 M
 for C2; released configs take batches of 32, Table 3 says 16. How the bottom-up depths of Table 8 are spread over the
-levels, and what remains of a level without latents (Table 9: one block), the paper does not say. The rows of 33, of 22
-and of batch 32 with smoothing are `released`.
+levels, and what remains of a level without latents (Table 9: one block), the paper does not say. The rows of 33 (Table
+8) and of 22 (Table 9) are `released`.
 Variants: c1, released, vdvae, reference_split (`released` on a half of the test set, as published; which half is not
     known), table2a_batch4, table2a_batch4_unsmoothed, table2a_batch8, table2a_batch8_unsmoothed, table2a_batch32,
     table2a_batch32_unsmoothed, table8_22, table8_27, table8_40, table8_47, table9_0, table9_11, cpu,
-    cpu_5bit_unbounded, cpu_5bit_bounded, tiny (seconds; for tests).
+    cpu_5bit_unbounded, cpu_5bit_bounded, cpu_table2a_batch4, cpu_table2a_batch4_unsmoothed, tiny (seconds; for tests).
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,8 @@ TABLE_8 = {22: (3, 4, 5, 5, 5), 27: (3, 4, 6, 6, 8), 40: (3, 4, 7, 9, 17), 47: (
 TABLE_2A = tuple(f"table2a_batch{size}{which}" for size in (4, 8, 32) for which in ("", "_unsmoothed"))
 VARIANTS = (
     *("c1", "released", "vdvae", "reference_split", *TABLE_2A, *(f"table8_{depth}" for depth in TABLE_8)),
-    *("table9_0", "table9_11", "cpu", "cpu_5bit_unbounded", "cpu_5bit_bounded", "tiny"),
+    *("table9_0", "table9_11", "cpu", "cpu_5bit_unbounded", "cpu_5bit_bounded"),
+    *("cpu_table2a_batch4", "cpu_table2a_batch4_unsmoothed", "tiny"),
 )
 DECODER = "1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21"
 ENCODER = "32x11,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3"
@@ -145,6 +146,9 @@ def _cpu(config: ConfigDict, variant: str) -> ConfigDict:
     if "5bit" in variant:
         config.data.bits = 5
         config.model.min_log_scale = -7.0 if variant.endswith("_bounded") else -250.0
+    elif "table2a" in variant:
+        config.train.batch_size = 4
+        return unsmoothed(config) if variant.endswith("unsmoothed") else config
     if variant == "tiny":
         config.data.train_split, config.data.evaluation_split = "test[:90%]", "test[99%:]"
         one = (1,) * 5

@@ -46,7 +46,7 @@ def encoded(
 def decoded(model: Vae, params: Params, latents: Sequence[Float[Array, "b h w z"]]) -> UInt8[Array, "b h w c"]:
     """The likeliest image of the latents of all layers: of the likeliest component the mean."""
     raw, _ = vae.generate(model, params, [Source(given=z) for z in latents])
-    return likeliest(model, raw)
+    return model.output.likeliest(raw)
 
 
 def completed(
@@ -68,7 +68,7 @@ def completed(
 def reconstructed(model: Vae, params: Params, image: UInt8[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:
     """`decoded` of `encoded`, in one pass."""
     raw, _ = vae.infer(model, params, image, middles(model, len(image)), lambda draw: None)
-    return likeliest(model, raw)
+    return model.output.likeliest(raw)
 
 
 def interpolated(
@@ -86,7 +86,7 @@ def interpolated(
 
     between = [great_circle.between(a, b, share) for a, b in zip(noise(one), noise(other), strict=True)]
     raw, _ = vae.generate(model, params, [Source(prior_noise=eps) for eps in between])
-    return likeliest(model, raw)
+    return model.output.likeliest(raw)
 
 
 def importance_weighted(
@@ -109,12 +109,6 @@ def importance_weighted(
 def middles(model: Vae, batch: int) -> list[Source]:
     """z is the mean of its posterior in every layer."""
     return [Source(noise=jnp.zeros((batch, 1, 1, 1)))] * model.num_layers
-
-
-def likeliest(model: Vae, raw: Float[Array, "b h w o"]) -> UInt8[Array, "b h w c"]:
-    """The image of the outputs at temperature 0."""
-    keys = rng.per_example(jax.random.key(0), jnp.arange(len(raw)))  # of no effect at temperature 0
-    return model.output.draw(raw, keys, 0.0)
 
 
 def for_purpose(keys: Key[Array, " b"], purpose: str) -> Key[Array, " b"]:

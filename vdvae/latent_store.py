@@ -26,7 +26,7 @@ from bitsperdim.extracted import Extraction
 from bitsperdim.model import Batch, Stage
 from bitsperdim.run import Run
 from bitsperdim.ssim import ssim
-from vdvae import coding, levels, pruning, vae
+from vdvae import levels, pruning, vae
 from vdvae.network import Draw
 from vdvae.pruning import Channels
 from vdvae.vae import Vae
@@ -111,7 +111,7 @@ def _batches(
     @jax.jit
     def compute(params: PyTree, rows: dict[str, Array], index: Array, image: Array | None) -> tuple[Array, dict]:
         raw, kl = from_stored(model, params, rows, _keys(run, index), kept)
-        decoded = coding.likeliest(model, raw)
+        decoded = model.output.likeliest(raw)
         if image is None:
             return decoded, {}
         target = vae.target(model, image)

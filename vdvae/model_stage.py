@@ -10,7 +10,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from bitsperdim import augment, data, likelihood, rng
 from bitsperdim import facts as facts_lib
@@ -71,7 +71,8 @@ def make(config: Config, facts: Facts) -> Model:
         return jax.lax.cond(step < objective.gamma_steps, found, lambda: jnp.zeros_like(sizes))
 
     def measure(params: PyTree, extra: PyTree, batch: Batch, key: Array) -> Aux:
-        return Aux(_parts(model, *forward(params, batch["image"], key, batch["position"])), (), ())
+        keys = rng.per_example(rng.for_purpose(key, "latents"), batch["position"])
+        return Aux(_measured(model, params, batch["image"], keys)[0], (), ())
 
     init = lambda key: (vae.init(model, key), {})
     # Under accumulation the balance takes a pass more, as long as there is one.
@@ -80,19 +81,15 @@ def make(config: Config, facts: Facts) -> Model:
 
 
 def evaluated(config: Config, facts: Facts) -> Model:
-    """With the KL of every layer, the structural similarity of the likeliest image given a draw of z, and the
-    importance-weighted bound of `evaluation.samples` draws where they are more than one."""
+    """With the KL of every layer too, and the importance-weighted bound of `evaluation.samples` draws where they are
+    more than one."""
     trained, model, samples = make(config, facts), vae.make(config.model, facts), config.evaluation.samples
 
     def measure(params: PyTree, extra: PyTree, batch: Batch, key: Array) -> Aux:
-        image, target = batch["image"], vae.target(model, batch["image"])
         keys = rng.per_example(rng.for_purpose(key, "latents"), batch["position"])
-        raw, kl = vae.infer(model, params, image, network.posterior_sources(keys, model.num_layers), vae.kl_of_image)
-        kl = jnp.stack(kl)
-        parts = _parts(model, model.output.nats(raw, target), kl)
-        parts["ssim"] = ssim(target, coding.likeliest(model, raw), model.output.levels)
+        parts, kl = _measured(model, params, batch["image"], keys)
         if samples > 1:
-            nats = coding.importance_weighted(model, params, image, keys, samples)
+            nats = coding.importance_weighted(model, params, batch["image"], keys, samples)
             parts[f"bits_per_dim_importance_weighted_{samples}"] = likelihood.bits_per_dim(nats, model.num_dims)
             parts[f"nats_importance_weighted_{samples}"] = nats
         # Of layers sums alone: their standard errors would make the table twice as long.
@@ -116,6 +113,16 @@ def remarks(config: ObjectiveConfig, step: int, figures: dict[str, float]) -> li
         for name, kl in found.items()
         if kl < NEAR_ZERO
     ]
+
+
+def _measured(
+    model: Vae, params: PyTree, image: UInt8[Array, "b h w c"], keys: Key[Array, " b"]
+) -> tuple[dict[str, Array], Float[Array, "l b"]]:
+    """The bound of a draw of z and its parts, how alike the likeliest image given z is, and the KL of each layer."""
+    target = vae.target(model, image)
+    raw, kl = vae.infer(model, params, image, network.posterior_sources(keys, model.num_layers), vae.kl_of_image)
+    parts = _parts(model, model.output.nats(raw, target), jnp.stack(kl))
+    return parts | {"ssim": ssim(target, model.output.likeliest(raw), model.output.levels)}, jnp.stack(kl)
 
 
 def _parts(model: Vae, reconstruction: Float[Array, " b"], kl: Float[Array, "l b"]) -> dict[str, Array]:

@@ -28,8 +28,9 @@ class Output(NamedTuple):
     levels: int  # of the image whose likelihood it is
     values: Callable[[UInt8[Array, "b h w c"]], Float[Array, "b h w c"]]  # what the network sees of these levels
     nats: Callable[[Float[Array, "b h w o"], Integer[Array, "b h w c"]], Float[Array, " b"]]  # -log p(x | z)
-    # (outputs, a key for each image, temperature) -> levels; temperature 0: the likeliest component's mean
+    # (outputs, a key for each image, temperature) -> levels
     draw: Callable[[Float[Array, "b h w o"], Key[Array, " b"], Array | float], UInt8[Array, "b h w c"]]
+    likeliest: Callable[[Float[Array, "b h w o"]], UInt8[Array, "b h w c"]]  # `draw` at temperature 0
 
 
 def make(config: ModelConfig, channels: int, levels: int) -> Output:
@@ -84,12 +85,19 @@ def _logistic_mixture(config: ModelConfig, channels: int, levels: int) -> Output
             )
             return draw(of_mixture, config.mixtures), draw(of_logistic, channels)
 
-        u_mix, u_log = jax.vmap(uniform)(keys)
+        return of_uniforms(raw, *jax.vmap(uniform)(keys), temperature)
+
+    def of_uniforms(raw: Array, u_mix: Array, u_log: Array, temperature: Array | float) -> Array:
         values = distributions.sample_mixture(mixture(raw), u_mix, u_log, of_levels, temperature=temperature)
         return jnp.round((values + 1.0) / of_levels.step).astype(jnp.uint8)
 
+    def likeliest(raw: Float[Array, "b h w o"]) -> Array:
+        """The mean of the likeliest component, whatever the uniforms."""
+        half = lambda last: jnp.full((*raw.shape[:3], last), 0.5)
+        return of_uniforms(raw, half(config.mixtures), half(channels), 0.0)
+
     numbers = distributions.mixture_outputs(channels, config.mixtures)
-    return Output(numbers, levels, of_levels.values, nats, draw)
+    return Output(numbers, levels, of_levels.values, nats, draw, likeliest)
 
 
 def _bernoulli(channels: int) -> Output:
@@ -101,4 +109,5 @@ def _bernoulli(channels: int) -> Output:
         u = jax.vmap(lambda key: jax.random.uniform(key, raw.shape[1:], minval=LEAST_UNIFORM))(keys)
         return (raw > temperature * (jnp.log(u) - jnp.log1p(-u))).astype(jnp.uint8)
 
-    return Output(channels, 2, lambda x: x.astype(jnp.float32), nats, draw)
+    likeliest = lambda raw: (raw > 0).astype(jnp.uint8)
+    return Output(channels, 2, lambda x: x.astype(jnp.float32), nats, draw, likeliest)

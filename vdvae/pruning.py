@@ -51,7 +51,7 @@ def bound(
     keep = lambda draw: draw.kl.sum((1, 2))
     raw, kl = vae.infer(model, params, image, sources(model, keys, kept), keep)
     of_kept = jnp.stack([jnp.where(mask, of_layer, 0.0).sum(-1) for of_layer, mask in zip(kl, kept, strict=True)])
-    return model.output.nats(raw, vae.target(model, image)), of_kept.sum(0), coding.likeliest(model, raw)
+    return model.output.nats(raw, vae.target(model, image)), of_kept.sum(0), model.output.likeliest(raw)
 
 
 def channels(model: Vae, kl: Sequence[Float[np.ndarray, " z"]], share: float, count: str = "channels") -> Channels:

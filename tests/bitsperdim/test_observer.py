@@ -61,6 +61,15 @@ def test_a_milestone_is_measured_at_its_step_and_logged_under_its_name(train):
     assert named[1]["bits_per_dim_at_the_end"] == measured[8]["bits_per_dim"] != measured[3]["bits_per_dim"]
 
 
+def test_skipped_steps_are_said_and_the_largest_norm_of_each_window_is_logged(train, capsys):
+    folder = train(skip_norm=1e-9, log_every=4)
+    lines = [line for line in metrics.read(folder / metrics.FILE) if line["kind"] == "train"]
+    assert [line["skipped_steps"] for line in lines] == [4, 8]
+    assert all(line["largest_gradient_norm"] >= line["gradient_norm"] > 0 for line in lines)
+    assert lines[0]["largest_gradient_norm"] > lines[0]["gradient_norm"]
+    assert "skipped_steps 4\n" in (said := capsys.readouterr().err) and "skipped_steps 8\n" in said
+
+
 @pytest.mark.parametrize("step", [0, 9])
 def test_a_milestone_that_is_never_reached_is_refused(step):
     with pytest.raises(ValueError, match=f"milestones must lie within the 8 steps of the stage, not 'late' at {step}"):

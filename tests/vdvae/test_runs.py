@@ -51,7 +51,9 @@ def measured(run):
 
 
 def test_a_run_learns_and_reports_a_bound_and_its_parts(run, measured):
-    lines = [line for line in read(run.folder("model") / "metrics.jsonl") if line["kind"] == "train"]
+    lines = read(run.folder("model") / "metrics.jsonl")
+    assert 0.0 < next(line["ssim"] for line in lines if line["kind"] == "evaluation") < 1.0
+    lines = [line for line in lines if line["kind"] == "train"]
     assert lines[-1]["bits_per_dim"] < lines[0]["bits_per_dim"] < math.log2(17) + 0.5
     assert not run.folder("latents").exists()  # a stage on request
     assert measured["model"]["images"] == 360
