@@ -25,6 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from bitsperdim import (
     adopt,
     atomic,
+    catalogue,
     config_files,
     data,
     decoding,
@@ -64,6 +65,8 @@ def train() -> None:
       --workdir=FOLDER          the run's folder; default runs/NAME-VARIANT
       --stage=STAGE             this stage alone; latents of a very deep VAE, a data set as latents, runs only so
       --init_from=RUN           begin with the weights of another run
+      --list, --list=NAME       the configs, with hardware, figures and variants; of one, each variant's data and
+                                parameters
       --plan=DEVICES            train nothing: parameters, memory, arithmetic and traffic of a step on so many devices
       --chip=NAME               of the plan: does it fit, how long is a step; v3 v4 v5e v5p a100 h100, or its peak
                                 figures as TFLOPS:GIB:GB_PER_SECOND
@@ -139,6 +142,11 @@ def convert() -> None:
 
 
 def _train(argv: list[str]) -> None:
+    if listed := [argument for argument in argv if argument.partition("=")[0] in ("--list", "-list")]:
+        name = listed[0].partition("=")[2]
+        for line in catalogue.of(name) if name else catalogue.overview():
+            print(line, flush=True)
+        return
     name, argv = _pop_config(argv)
     values = flags.FlagValues()
     _define_config(values, config_files.load(name), argv)
@@ -348,7 +356,10 @@ def _pop_config(argv: list[str]) -> tuple[str, list[str]]:
         raise InputError(f"--config is given {len(names)} times: {', '.join(names)}")
     if names and names[0]:
         return names[0], rest
-    raise InputError(f"--config is missing; known are {', '.join(config_files.names())}, or give the path of a file")
+    raise InputError(
+        f"--config is missing; known are {', '.join(config_files.names())}, or give the path of a file; "
+        "train.py --list says more of them"
+    )
 
 
 def _refuse_unknown_keys(argv: list[str], valid: list[str]) -> None:
@@ -424,6 +435,8 @@ def _script(main: Callable[[list[str]], None], help_text: str | None) -> None:
     _use_compilation_cache()
     try:
         main(argv)
+    except BrokenPipeError:  # of `| head`: who read our lines has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (RunError, OSError) as error:
         if isinstance(error, OSError):
             if error.errno not in REMEDIES:

@@ -1,8 +1,8 @@
 """The convolution that all families use: XLA's own, but with gradients that its CPU backend computes fast.
 
 On CPUs XLA is slow at the two gradients of a convolution, an order of magnitude slower where they stand inside a
-`lax.scan`, and at convolutions whose kernels have one pixel. Both gradients are linear maps that can be written as
-what it is fast at, ordinary convolutions and matrix products:
+`lax.scan`, and at convolutions whose kernels have one pixel or whose outputs are few. Both gradients are linear maps
+that can be written as what it is fast at, ordinary convolutions and matrix products:
 
     dL/dx = dL/dy padded by k - 1 less the padding of x, convolved with the kernel turned by 180 degrees,
     dL/dk[i, j] = x[i : i + h, j : j + w]^T dL/dy, a matrix product for each tap, or one for all of them.
@@ -22,6 +22,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from bitsperdim import sharding
@@ -51,7 +52,7 @@ def convolve(
     if kernel.shape[:2] == (1, 1):
         x = _padded(x, padding)[:, :: strides[0], :: strides[1]]
         # Of two dimensions: XLA hands only such products to its fast kernels.
-        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+        return _product(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:-1], -1)
     if strides != (1, 1):
         return _strideless(*_blocks(_padded(x, padding), kernel, strides), NO_PADDING)
     return _strideless(x, kernel, ((top, bottom), (left, right)))
@@ -73,9 +74,32 @@ def _blocks(x: Array, kernel: Array, strides: tuple[int, int]) -> tuple[Array, A
     return x.reshape(*x.shape[:3], -1), kernel.reshape(by, bx, -1, outputs)
 
 
+@jax.custom_vjp
+def _product(x: Float[Array, "n c"], matrix: Float[Array, "c f"]) -> Float[Array, "n f"]:
+    return x @ matrix
+
+
+_product.defvjp(
+    lambda x, matrix: (_product(x, matrix), (x, matrix)),
+    lambda kept, dy: (dy @ kept[1].T, _over_pixels(kept[0], dy)),
+)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _strideless(x: Array, kernel: Array, padding: Sides) -> Array:
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=LAYOUT)
+    kh, kw, inputs, outputs = kernel.shape
+    if kh * kw * outputs > inputs:
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=LAYOUT)
+    # Of so few outputs one product for all taps, whose parts are moved and added, is up to ten times faster.
+    taps = kernel.transpose(2, 0, 1, 3).reshape(inputs, -1)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    products = jnp.matmul(x.reshape(-1, inputs), taps, preferred_element_type=wide).reshape(*x.shape[:3], -1)
+    (top, bottom), (left, right) = padding
+    moved = [
+        _padded(part, ((top - a, bottom - (kh - 1 - a)), (left - b, right - (kw - 1 - b))))
+        for (a, b), part in zip(np.ndindex(kh, kw), jax.lax.split(products, [outputs] * (kh * kw), 3), strict=True)
+    ]
+    return functools.reduce(jnp.add, moved).astype(x.dtype)
 
 
 def _forward(x: Array, kernel: Array, padding: Sides) -> tuple[Array, tuple[Array, Array]]:
@@ -107,8 +131,12 @@ def _padded(x: Array, padding: Sequence[tuple[int, int]]) -> Array:
 
 def _over_pixels(x: Array, dy: Array) -> Array:
     """x^T dy, of all pixels."""
-    flat = lambda values: values.reshape(-1, values.shape[-1])
-    return jax.lax.dot_general(flat(x), flat(dy), (((0,), (0,)), ((), ())))
+    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    product = lambda a, b: jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())))
+    if dy.shape[1] >= x.shape[1]:
+        return product(x, dy)
+    # Products with long rows are up to twice as fast; the barrier keeps XLA from exchanging the two again.
+    return jax.lax.optimization_barrier(product(dy, x)).T
 
 
 _strideless.defvjp(_forward, _backward)

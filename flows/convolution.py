@@ -1,4 +1,4 @@
-"""Convolutions of the flows: weight normalisation, its data-dependent start, and convolutions as matrix products.
+"""Convolutions of the flows: weight normalisation and its data-dependent start.
 
 Source: Salimans & Kingma 2016 (weight normalisation, data-dependent initialisation), as MaCow's released code has it.
 A convolution's parameters are a dict: `kernel` (the direction v, HWIO), `gain` (g) and `bias`; `effective` turns
@@ -6,13 +6,11 @@ w = g v / |v| into `kernel` and leaves out `gain`, for all stacked steps of a fl
 Not here: what the convolutions are parts of (`masked_conv.py`, `coupling.py`, `encoder.py`).
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from bitsperdim import sharding
+from bitsperdim import convolution as shared
 
 Params = dict[str, Array]
 # Of all products: a flow must be undone, so that the fewer digits of accelerators' fast products are too few.
@@ -75,35 +73,10 @@ def zeroed(params: Params) -> Params:
 def convolve(
     x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c d"], before: tuple[int, int]
 ) -> Float[Array, "b h w d"]:
-    """y[i, j] = sum_kl x[i + k - before_0, j + l - before_1] w[k, l], zeros outside, of the size of x.
-
-    On CPUs as one matrix product: XLA's convolutions are up to 2.4 times slower at the gradients of these shapes, and
-    an order of magnitude inside a scan. Patches are gathered on whichever side has fewer channels. (With
-    `bitsperdim.convolution`, made for more channels, a step of MaCow takes as long, and one of reversible Glow 11 %
-    longer.)
-    """
-    height, width, inputs, outputs = kernel.shape
-    if sharding.platform() != "cpu":
-        padding = [(before[0], height - 1 - before[0]), (before[1], width - 1 - before[1])]
-        options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": PRECISION}
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, **options)
-    shifts = [(before[0] - k, before[1] - j) for k in range(height) for j in range(width)]
-    if inputs <= outputs:
-        patches = jnp.concatenate([_shifted(x, shift) for shift in shifts], -1) if len(shifts) > 1 else x
-        return matmul(patches, kernel.reshape(-1, outputs))
-    products = matmul(x, kernel.transpose(2, 0, 1, 3).reshape(inputs, -1))
-    if len(shifts) == 1:
-        return products
-    parts = jax.lax.split(products, [outputs] * len(shifts), 3)
-    return sum(map(_shifted, parts, shifts), start=jnp.zeros((), x.dtype))
-
-
-def _shifted(x: Float[Array, "b h w c"], by: Sequence[int]) -> Float[Array, "b h w c"]:
-    """y[i, j] = x[i - by_0, j - by_1], zero outside."""
-    if not any(by):
-        return x
-    # No slice of a padded array: the gradient of this is again one pad.
-    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((n, -n, 0) for n in by), (0, 0, 0)])
+    """y[i, j] = sum_kl x[i + k - before_0, j + l - before_1] w[k, l], zeros outside, of the size of x."""
+    height, width = kernel.shape[:2]
+    padding = [(before[0], height - 1 - before[0]), (before[1], width - 1 - before[1])]
+    return shared.convolve(x, kernel, padding=padding, precision=PRECISION)
 
 
 def matmul(x: Float[Array, "... c"], matrix: Float[Array, "c d"]) -> Float[Array, "... d"]:

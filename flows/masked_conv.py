@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from bitsperdim import causal, sharding
 from flows import convolution, transform
 from flows.bijector import Bijector, Condition, LogDet
 
@@ -153,12 +152,9 @@ def _bias(params: PyTree, condition: Condition, order: str) -> Float[Array, "b h
 
 
 def _shifted_conv(x: Float[Array, "b h w c"], params: convolution.Params) -> Float[Array, "b h w d"]:
-    """The shared shifted convolution: line i sees lines i - kh ... i - 1. On CPUs as one matrix product."""
+    """Line i sees lines i - kh ... i - 1: the shared convolution, with one line more above and one fewer below."""
     height, width = params["kernel"].shape[:2]
-    if sharding.platform() == "cpu":
-        return convolution.convolve(x, params["kernel"], (height, width // 2)) + params["bias"]
-    with jax.default_matmul_precision(convolution.PRECISION):
-        return causal.shift_down(causal.causal_conv(x, params["kernel"], width // 2)) + params["bias"]
+    return convolution.convolve(x, params["kernel"], (height, width // 2)) + params["bias"]
 
 
 def _padded(line: Float[Array, "b w c"], width: int) -> Float[Array, "b v c"]:

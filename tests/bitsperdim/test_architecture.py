@@ -3,12 +3,11 @@
 import ast
 import importlib.util
 import pathlib
-import re
 import tomllib
 
 import pytest
 
-from bitsperdim import config_files
+from bitsperdim import catalogue, config_files
 from bitsperdim import run as run_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -87,26 +86,14 @@ def test_no_random_numbers_without_a_key(path):
             assert node.attr in ("Philox", "Generator", "SeedSequence"), f"line {node.lineno}: np.random.{node.attr}"
 
 
-def docstring(path):
-    return ast.get_docstring(ast.parse(path.read_text()))
-
-
-def variants(path):
-    """'' and the names on the line `Variants: tiny (seconds), paper.`, which may run on over indented lines."""
-    found = re.search(r"^Variants:(.*?)(?:^\S|\Z)", docstring(path), re.MULTILINE | re.DOTALL)
-    assert found, "the docstring has no line 'Variants: ...'"
-    without_remarks = re.sub(r"\([^()]*\)", "", found[1])
-    return ["", *(name.strip(" .;\n") for name in re.split(r"[,;]", without_remarks))]
-
-
 @every_config
 def test_a_config_names_its_command(path):
-    assert f"python train.py --config=configs/{path.name}" in docstring(path)
+    assert f"python train.py --config=configs/{path.name}" in catalogue.docstring(str(path))
 
 
 @every_config
 def test_a_config_parses_in_every_variant_that_it_names_and_tiny_is_one(path):
-    names = variants(path)
+    names = ["", *catalogue.variants(catalogue.docstring(str(path)))]
     assert "tiny" in names
     parsed = {}
     for name in names:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -264,6 +265,30 @@ def test_help_is_one_screen_and_names_the_flags(call, script, flag):
     known = {TRAIN: ["config", "workdir", "stage"], EVALUATE: ["workdir", "split"]}
     for name in known.get(script, ["workdir", "num", "seed", "temperature", "label", "out"]):
         assert f"--{name}" in out
+
+
+def test_configs_are_listed_with_what_they_are_for_and_their_variants(call):
+    code, out, err = call(TRAIN, "--list")
+    assert (code, err) == (0, "")
+    heads = [line.partition(":")[0] for line in out.splitlines() if line[0] not in " -"]
+    assert heads == config_files.names()
+    photos = out.partition("vqvae2_photos: ")[2].partition("\nvqvae2_tiny")[0]
+    for said in ("crops of two photographs", "one CPU core", "MSE at most 5%", "tiny, pixels"):
+        assert said in photos
+    assert max(map(len, out.splitlines())) < 140
+
+
+def test_one_config_is_listed_with_its_variants_data_and_parameters(call):
+    code, out, err = call(TRAIN, "--list=vqvae2_photos")
+    assert (code, err) == (0, "")
+    base, tiny, pixels = re.findall(r"\nvqvae2_photos(?::\w+)?.*(?:\n  .*)*", out)
+    assert "photos, 32 x 32 x 3 of 256 levels" in base and "top         530,112 parameters, 500 steps of 32" in base
+    assert ":tiny: seconds; for tests" in tiny and "530,112" not in tiny
+    assert "pixels      258,468 parameters" in pixels
+
+
+def test_the_list_of_a_config_that_is_none_names_those_that_are(refusal):
+    assert "vqvae2_photos" in refusal(TRAIN, "--list=nonsense")
 
 
 @pytest.mark.parametrize("name", ["vqvae2_photos", "configs/vqvae2_photos.py", str(ROOT / "configs/vqvae2_photos.py")])

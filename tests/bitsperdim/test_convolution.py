@@ -26,7 +26,11 @@ CASES = [  # size of the input, of the kernel, strides, padding
 
 @pytest.mark.parametrize(
     "size, kernel_size, strides, padding, channels",
-    [*((*case, (3, 4)) for case in CASES), *((*case, (5, 2)) for case in (CASES[2], CASES[3], CASES[6]))],  # to more, to fewer
+    [
+        *((*case, (3, 4)) for case in CASES),
+        *((*case, (5, 2)) for case in (CASES[2], CASES[3], CASES[6])),
+        *((*case, (20, 2)) for case in CASES[:4]),
+    ],  # to more, to fewer, to so few that it is one product
 )
 def test_values_and_gradients_are_those_of_xla(size, kernel_size, strides, padding, channels):
     keys = jax.random.split(jax.random.key(0), 3)

@@ -1,0 +1,84 @@
+"""What configs there are, as their docstrings say it: `train.py --list`, and `--list=NAME` for the variants of one.
+
+A config's docstring begins with one line that says what it is; further down stand `Meant for:` (hardware), `Reach:`
+(the figure to expect) and `Variants:` (names with remarks in brackets), each of which may run on over several lines.
+Not here: how a config is found and loaded (`config_files.py`); what its step takes (`plan.py`).
+"""
+
+import ast
+import re
+import textwrap
+from collections.abc import Iterator
+
+from bitsperdim import config_files, plan
+from bitsperdim.errors import InputError
+
+WIDTH = 120
+SUMMARY = {"for": "Meant for", "reach": "Reach"}
+
+
+def docstring(name: str) -> str:
+    """Of the file of a config. Nothing in it is run."""
+    path = config_files.find(name)
+    try:
+        return ast.get_docstring(ast.parse(path.read_text())) or ""
+    except SyntaxError as error:
+        raise InputError(f"{path} could not be read: {error}") from error
+
+
+def section(text: str, key: str) -> str:
+    """What a docstring says behind `key:`, up to the next such key or an empty line, on one line; '' without."""
+    found = re.search(rf"^{key}: (.*?)(?=^\S[^:\n]*: |^\s*$|\Z)", text + "\n", re.MULTILINE | re.DOTALL)
+    return " ".join(found[1].split()) if found else ""
+
+
+def variants(text: str) -> dict[str, str]:
+    """Name and remark of each variant that a docstring names."""
+    found = re.search(r"^Variants:(.*?)(?:^\S|\Z)", text, re.MULTILINE | re.DOTALL)
+    named = re.findall(r"([\w.]+)\s*(?:\(([^()]*)\))?\s*[,;.]", found[1] if found else "")
+    return {name: " ".join(remark.split()) for name, remark in named}
+
+
+def overview() -> Iterator[str]:
+    """All configs: what they are, what they are meant for and should reach, and the names of their variants."""
+    for name in config_files.names():
+        text = docstring(name)
+        yield f"{name}: {text.partition(chr(10))[0]}"
+        for label, key in SUMMARY.items():
+            # The first sentence says it; what is behind it is for who opens the file.
+            said = re.split(r"(?<=[^.]\.) (?=[A-Z])", section(text, key))[0]
+            yield from _wrapped(label, said)
+        yield from _wrapped("variants", ", ".join(variants(text)))
+    yield "--config=NAME or NAME:VARIANT trains one; --list=NAME says more of one, with the parameters of each variant"
+
+
+def of(name: str) -> Iterator[str]:
+    """One config: its docstring, then for each variant its remark, its data and the parameters of every stage."""
+    text = docstring(name)
+    yield text
+    yield ""
+    for variant, remark in ({"": ""} | variants(text)).items():
+        yield from describe(f"{name}:{variant}" if variant else name, remark)
+
+
+def describe(name: str, remark: str = "") -> Iterator[str]:
+    """One variant: its remark, its data, and the parameters and steps of every stage that is trained."""
+    values = config_files.load(name)
+    yield from textwrap.wrap(f"{name}{f': {remark}' if remark else ''}", WIDTH, subsequent_indent="    ")
+    source = " ".join(str(values.data[key]) for key in ("source", "name") if values.data.get(key))
+    try:
+        with plan.planned(values) as (run, mesh):
+            about = plan.facts_of(run.config.data)
+            yield from _wrapped("data", f"{source}, {' x '.join(map(str, about.shape))} of {about.levels} levels")
+            for stage in run.stages():
+                if stage.model is not None:
+                    record = plan.of_stage(run, stage, mesh, compiles=False)
+                    said = f"{record['parameters']:,} parameters, {record['steps']:,} steps of {record['batch_size']:,}"
+                    yield from _wrapped(stage.name, said)
+    except InputError as error:  # of images that must be there to say what they are like
+        yield from _wrapped("data", f"{source}: {error}")
+
+
+def _wrapped(label: str, said: str) -> list[str]:
+    lead = f"  {label:<11} "
+    return textwrap.wrap(said, WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead)) if said else []
