@@ -117,9 +117,23 @@ def test_temperatures_are_those_of_levels(loaded):
     by_name, about = loaded.draw(key, 2, temperature={"8": 0.3})
     assert about["temperatures"] == [0.9, 0.3]
     np.testing.assert_array_equal(by_name, loaded.sample(key, 2, temperature=(0.9, 0.3)))
-    for wrong, message in (({"16": 1.0}, "the levels are 1, 8"), ((1.0, 0.5, 0.5), "one for each of 2 levels")):
+    three, negative = (1.0, 0.5, 0.5), {"8": -1.0}
+    for wrong, message in (({"16": 1.0}, "levels are 1, 8"), (three, "each of 2 levels"), (negative, "at least 0")):
         with pytest.raises(InputError, match=message):
             loaded.draw(key, 1, temperature=wrong)
+    with pytest.raises(InputError, match="output_temperature must be at least 0, not -1"):
+        loaded.draw(key, 1, output_temperature=-1.0)
+
+
+def test_the_pixels_have_a_temperature_of_their_own(run, loaded, tmp_path, monkeypatch, capsys):
+    where = [f"--workdir={run.workdir}", f"--out={tmp_path}", "--num=2"]
+    assert sample(monkeypatch, *where, "--temperature=0.9", "--output_temperature=0") == 0
+    likeliest = loaded.sample(jax.random.key(0), 2, temperature=0.9, output_temperature=0.0)
+    np.testing.assert_array_equal(np.load(tmp_path / "samples.npy"), likeliest)
+    assert json.loads((tmp_path / "sampling.json").read_text())["output_temperature"] == 0.0
+    assert (loaded.sample(jax.random.key(0), 2, temperature=0.9) != likeliest).any()
+    assert sample(monkeypatch, *where, "--output_temperature=warm") == 2
+    assert "--output_temperature must be a number, not 'warm'" in capsys.readouterr().err
 
 
 def test_layers_left_open_are_drawn_from_the_prior_and_swapped_ones_are_kept(loaded, held_out):
@@ -156,10 +170,11 @@ def sample(monkeypatch, *flags):
 
 def test_figures_are_drawn_from_the_command_line(run, measured, tmp_path, monkeypatch, capsys):
     where = [f"--workdir={run.workdir}", f"--out={tmp_path}", "--num=9"]  # as many as above: compiled once
-    for name in ("progressive", "swap", "interpolation"):
+    for name in ("reconstruction", "progressive", "swap", "interpolation"):
         assert sample(monkeypatch, *where, f"--figure={name}") == 0
         assert len(np.asarray(PIL.Image.open(tmp_path / f"{name}.png"))) > 9 * 96
     assert json.loads((tmp_path / "progressive.json").read_text())["layers_from_posterior"] == [0, 1, 3]
+    assert 0.0 < json.loads((tmp_path / "reconstruction.json").read_text())["ssim"] < 1.0
     assert sample(monkeypatch, *where, "--figure=pruning", "--keep=1,0.5") == 0
     whole, half = json.loads((tmp_path / "pruning.json").read_text())["rows"]
     assert (whole["keep"], whole["share_of_channels"], whole["share_of_dimensions"]) == (1.0, 1.0, 1.0)
@@ -167,7 +182,7 @@ def test_figures_are_drawn_from_the_command_line(run, measured, tmp_path, monkey
     assert whole["bits_per_dim"] == pytest.approx(measured["bits_per_dim"], rel=0.02)
     assert half["kl_bits_per_dim"] < whole["kl_bits_per_dim"]
     for flags, message in (
-        (["--figure=nonsense"], "there are progressive, swap, interpolation, pruning"),
+        (["--figure=nonsense"], "there are reconstruction, progressive, swap, interpolation, pruning"),
         (["--figure=swap", "--keep=0.5"], "--keep means nothing for the figure 'swap'; it knows none of its kind"),
         (["--keep=0.5"], "--keep means nothing for a run of vdvae"),
         (["--decode=evaluation"], "latents is missing; train.py --stage=latents makes it"),
