@@ -44,7 +44,7 @@ from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError, RunError
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
-from bitsperdim.sources import Source
+from bitsperdim.sources import Source, reduce_bits
 
 # Of the file system, whatever was under way. Others would be defects of ours.
 NO_ROOM = "make room, then the same command goes on"
@@ -219,6 +219,8 @@ def _sample(argv: list[str]) -> None:
     options = flag_values.draw_options(given, loaded, run)
     source = data.open_source(run.config.data, "train") if values.nearest else None
     if source is not None:
+        if source.levels != loaded.levels:  # a model of fewer bits than it sees
+            source = reduce_bits(source, loaded.levels.bit_length() - 1)
         neighbours.check_count(values.nearest, source)  # before hours of drawing
     start = time.perf_counter()
     if scorer is None:
