@@ -45,7 +45,7 @@ from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError, RunError
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
-from bitsperdim.sources import Source
+from bitsperdim.sources import Source, reduce_bits
 
 # Of the file system, whatever was under way. Others would be defects of ours.
 NO_ROOM = "make room, then the same command goes on"
@@ -98,17 +98,17 @@ def sample() -> None:
 
     python sample.py --workdir=RUN [flags]
 
-      --num=16                  number of samples
-      --seed=0                  of the noise; sample i does not depend on --num
+      --num=16 --seed=0         number of samples, seed of their noise; sample i does not depend on --num
       --out=FOLDER              for the pictures; default the run's folder
       --temperature=1.0         of the noise; 0 is greedy. By level too, as top_k and top_p: top=0.9,bottom=1
+      --output_temperature=1.0  vdvae: of the pixels given the latents; 0: the likeliest ones
       --label=CLASS             one class; default: all classes in turn
       --accept_top=SHARE        draws num / SHARE (or --candidates=N), keeps the best of each class; 1,0.5: a grid each
       --scorer=MODULE:FUNCTION  the scores for it: (images, labels or None) -> [n], higher is better
       --nearest=K               also nearest.png: each sample beside the K training images nearest in pixel space
       --features=MODULE:FUNCTION  nearest in this space instead: images -> numbers [n, ...]
       --config.data.KEY=FOLDER  where the images are now, as for evaluate.py
-      --figure=NAME             vdvae: interpolation progressive swap pruning; flow: interpolation scales reconstruction
+      --figure=NAME             all: reconstruction interpolation; vdvae: progressive swap pruning; flows: scales
       --decode=SPLIT            images from what train.py --stage=latents has stored of a split: decoded-SPLIT.npy
 
     Where the model is autoregressive over pixels or codes (sampling.npz then has the network calls of each image):
@@ -207,7 +207,8 @@ def _sample(argv: list[str]) -> None:
     flags.DEFINE_string("decode", None, "Split to decode instead of samples.", flag_values=values)
     flags.DEFINE_integer("nearest", None, "Nearest training images.", lower_bound=1, flag_values=values)
     # Their values are read by `flag_values`.
-    for name in ("temperature", "top_k", "top_p", "sampler", "given", "keep", "accept_top", "scorer", "features"):
+    of_draw = (name for name in flag_values.OF_DRAW if name not in ("label", "batch_size"))
+    for name in (*of_draw, "accept_top", "scorer", "features"):
         flags.DEFINE_string(name, None, "See `sample`.", flag_values=values)
     run, folder = _parse_and_open(values, argv)
     shares = flag_values.shares("accept_top", values.accept_top) if values.accept_top else ()
@@ -226,6 +227,8 @@ def _sample(argv: list[str]) -> None:
     options = flag_values.draw_options(given, loaded, run)
     source = data.open_source(run.config.data, "train") if values.nearest else None
     if source is not None:
+        if source.levels != loaded.levels:  # a model of fewer bits than it sees
+            source = reduce_bits(source, loaded.levels.bit_length() - 1)
         neighbours.check_count(values.nearest, source)  # before hours of drawing
     start = time.perf_counter()
     if scorer is None:

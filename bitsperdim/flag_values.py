@@ -17,7 +17,7 @@ from bitsperdim.errors import InputError
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
 
-OF_DRAW = ("temperature", "label", "top_k", "top_p", "sampler", "batch_size", "given", "keep")
+OF_DRAW = ("temperature", "output_temperature", "label", "top_k", "top_p", "sampler", "batch_size", "given", "keep")
 # Those of them that may differ by level: least and greatest value, type.
 BY_LEVEL = {"temperature": (0.0, math.inf, float), "top_k": (1, math.inf, int), "top_p": (0.0, 1.0, float)}
 
@@ -40,6 +40,8 @@ def options(given: Mapping[str, Any], function: Callable[..., Any], whose: str, 
         options[name] = by_level(name, given[name], *BY_LEVEL[name])
         if isinstance(options[name], dict) and not hasattr(run.config, "levels"):
             raise InputError(f"--{name}={given[name]}: a run of {family} has no levels; give one number")
+    if "output_temperature" in options:
+        options["output_temperature"] = _number("output_temperature", given["output_temperature"], 0.0, math.inf)
     if "given" in options:
         options["given"] = array("given", options["given"])
     if "keep" in options:

@@ -1,4 +1,5 @@
-"""Figures of a trained run on held-out images: what each level adds, swapped and interpolated latents, pruning.
+"""Figures of a trained run on held-out images: what comes back of them, what each level adds, swapped and interpolated
+latents, pruning.
 
 The path from one image to another is that of all families (`bitsperdim/figures.py`).
 Not here: pictures while a run trains (`pictures.py`).
@@ -33,11 +34,23 @@ def of_run(run: Run, mesh: Mesh, loaded: Loaded) -> dict[str, Callable[..., Figu
     """The figures by name; `loaded` has what they are drawn with."""
     model = vae.make(run.config.model, facts.of_run(run))
     return {
+        "reconstruction": functools.partial(_reconstruction, run, model, loaded),
         "progressive": functools.partial(_progressive, run, model, loaded),
         "swap": functools.partial(_swap, run, model, loaded),
         "interpolation": functools.partial(figures.interpolation, run, loaded, shown=functools.partial(_target, model)),
         "pruning": functools.partial(_pruning, run, mesh, model),
     }
+
+
+def _reconstruction(run: Run, model: Vae, loaded: Loaded, key: Key[Array, ""], n: int, progress: Any) -> Figure:
+    """Images beside the likeliest ones given the means of their posteriors, and how alike they are."""
+    originals = figures.held_out(run, n)
+    target, found = _target(model, originals), loaded.reconstruct(originals)
+    error = np.abs(found.astype(float) - target)
+    alike = np.asarray(ssim(jnp.asarray(target), jnp.asarray(found), model.output.levels))
+    record = {"images": n, "mean_error_levels": float(error.mean()), "ssim": float(alike.mean())}
+    heads = ["image", "reconstruction"]
+    return figures.side_by_side([target, found], heads, loaded.levels), record | {"ssim_by_image": alike.tolist()}
 
 
 def _progressive(

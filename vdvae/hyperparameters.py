@@ -339,7 +339,7 @@ def baseline(values: Values, path: pathlib.Path) -> ConfigDict:
         {
             "batch_size": values["n_batch"] * values["mpi_size"],
             "clip_norm": float(values["grad_clip"]),
-            "skip_norm": float(values["skip_threshold"]),
+            "skip_norm": max(float(values["skip_threshold"]), 0.0),  # -1: none
             "ema_decay": values["ema_rate"],
             "ema_ramp": False,
         }

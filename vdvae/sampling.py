@@ -62,9 +62,11 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         batch_size: int = 0,
     ) -> tuple[UInt8[np.ndarray, "n h w c"], dict[str, Any]]:
         """`temperature` of the prior: one number, one for each level (deepest first), or by name: {'1': 0.9, ...}
-        (`config.levels`), where the others keep those of the config."""
+        (`config.levels`), where the others keep those of the config. `output_temperature` is that of p(x | z)."""
         of_levels = _temperatures(run.config, temperature)
         chosen = run.config.sampling.output_temperature if output_temperature is None else output_temperature
+        if not 0 <= chosen < math.inf:
+            raise InputError(f"output_temperature must be at least 0, not {chosen}")
         of_layers = coding.by_layer(model, of_levels)
         size = batch_size or run.config.sampling.batch_size
         rows = {"keys": rng.per_example(key, jnp.arange(n))}
@@ -128,7 +130,7 @@ def _temperatures(config: Config, given: float | Sequence[float] | Mapping[str, 
     if isinstance(given, Mapping):
         if unknown := sorted(set(given) - set(names)):
             raise InputError(f"temperature of '{unknown[0]}': the levels are {', '.join(dict.fromkeys(names))}")
-        return tuple(given.get(name, t) for name, t in zip(names, default, strict=True))
+        given = [given.get(name, t) for name, t in zip(names, default, strict=True)]
     values = (float(given),) if isinstance(given, int | float) else tuple(float(t) for t in given)
     if len(values) not in (1, len(names)) or not all(0 <= t < math.inf for t in values):
         raise InputError(

@@ -129,6 +129,41 @@ def test_probabilities_of_all_images_of_one_pixel_sum_to_one(channels, bits, sca
     np.testing.assert_allclose(np.exp(-np.asarray(nats, np.float64)).sum(), 1.0, atol=2e-5)
 
 
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+@pytest.mark.parametrize("bits", range(5, 9))
+def test_probabilities_of_each_channel_given_those_before_it_sum_to_one(bits, kind):
+    """Of images that are too many to enumerate: sum_b P(r, g, b) = P(r, g), sum_g P(r, g) = P(r), sum_r P(r) = 1."""
+    u, mean = ADVERSARIAL[kind]
+    generator, levels = np.random.default_rng(0), 2**bits
+    raw = generator.normal(size=20).astype(np.float32)
+    raw[2:].reshape(3, 3, 2)[:, 0] += mean
+    raw[2:].reshape(3, 3, 2)[:, 1] += u
+    settings, of_levels = config(mixtures=2), distributions.bins(levels)
+    mixture = distributions.logistic_mixture(raw, 3, outputs.log_scale(settings))
+
+    def mass(x):
+        """P of the first channels of a pixel, by the model of all three or, of fewer, of these alone."""
+        count = x.shape[-1]
+        first = mixture._replace(
+            means=mixture.means[:count],
+            log_scales=mixture.log_scales[:count],
+            coefs=mixture.coefs[: count * (count - 1) // 2],
+        )
+        return np.exp(np.asarray(distributions.mixture_log_prob(first, x, of_levels), np.float64))
+
+    whole = lambda x: np.exp(-np.asarray(output.nats(np.broadcast_to(raw, (len(x), 1, 1, 20)), x[:, None, None])))
+    output = outputs.make(settings, 3, levels)
+    every = np.arange(levels)
+    behind = lambda *values: np.stack([*(np.full(levels, value) for value in values), every], -1)
+    np.testing.assert_allclose(mass(behind()).sum(), 1.0, atol=2e-5)
+    red = mass(behind()).argmax()
+    likely = red, mass(behind(red)).argmax()
+    for red, green in (likely, (0, 0), (levels - 1, levels // 2), *generator.integers(0, levels, (2, 2))):
+        of_green, of_blue = behind(red), behind(red, green)
+        np.testing.assert_allclose(whole(of_blue).sum(), mass(of_blue[:1, :2])[0], rtol=2e-5, atol=1e-12)
+        np.testing.assert_allclose(mass(of_green).sum(), mass(of_green[:1, :1])[0], rtol=2e-5, atol=1e-12)
+
+
 def test_published_bins_of_five_bits_sum_to_more_than_one():
     output = outputs.make(config(bins="published_efficient", mixtures=1), 1, 32)
     every = np.arange(32)[:, None, None, None]

@@ -117,9 +117,23 @@ def test_temperatures_are_those_of_levels(loaded):
     by_name, about = loaded.draw(key, 2, temperature={"8": 0.3})
     assert about["temperatures"] == [0.9, 0.3]
     np.testing.assert_array_equal(by_name, loaded.sample(key, 2, temperature=(0.9, 0.3)))
-    for wrong, message in (({"16": 1.0}, "the levels are 1, 8"), ((1.0, 0.5, 0.5), "one for each of 2 levels")):
+    three, negative = (1.0, 0.5, 0.5), {"8": -1.0}
+    for wrong, message in (({"16": 1.0}, "levels are 1, 8"), (three, "each of 2 levels"), (negative, "at least 0")):
         with pytest.raises(InputError, match=message):
             loaded.draw(key, 1, temperature=wrong)
+    with pytest.raises(InputError, match="output_temperature must be at least 0, not -1"):
+        loaded.draw(key, 1, output_temperature=-1.0)
+
+
+def test_the_pixels_have_a_temperature_of_their_own(run, loaded, tmp_path, monkeypatch, capsys):
+    where = [f"--workdir={run.workdir}", f"--out={tmp_path}", "--num=2"]
+    assert sample(monkeypatch, *where, "--temperature=0.9", "--output_temperature=0") == 0
+    likeliest = loaded.sample(jax.random.key(0), 2, temperature=0.9, output_temperature=0.0)
+    np.testing.assert_array_equal(np.load(tmp_path / "samples.npy"), likeliest)
+    assert json.loads((tmp_path / "sampling.json").read_text())["output_temperature"] == 0.0
+    assert (loaded.sample(jax.random.key(0), 2, temperature=0.9) != likeliest).any()
+    assert sample(monkeypatch, *where, "--output_temperature=warm") == 2
+    assert "--output_temperature must be a number, not 'warm'" in capsys.readouterr().err
 
 
 def test_layers_left_open_are_drawn_from_the_prior_and_swapped_ones_are_kept(loaded, held_out):
@@ -156,10 +170,11 @@ def sample(monkeypatch, *flags):
 
 def test_figures_are_drawn_from_the_command_line(run, measured, tmp_path, monkeypatch, capsys):
     where = [f"--workdir={run.workdir}", f"--out={tmp_path}", "--num=9"]  # as many as above: compiled once
-    for name in ("progressive", "swap", "interpolation"):
+    for name in ("reconstruction", "progressive", "swap", "interpolation"):
         assert sample(monkeypatch, *where, f"--figure={name}") == 0
         assert len(np.asarray(PIL.Image.open(tmp_path / f"{name}.png"))) > 9 * 96
     assert json.loads((tmp_path / "progressive.json").read_text())["layers_from_posterior"] == [0, 1, 3]
+    assert 0.0 < json.loads((tmp_path / "reconstruction.json").read_text())["ssim"] < 1.0
     assert sample(monkeypatch, *where, "--figure=pruning", "--keep=1,0.5") == 0
     whole, half = json.loads((tmp_path / "pruning.json").read_text())["rows"]
     assert (whole["keep"], whole["share_of_channels"], whole["share_of_dimensions"]) == (1.0, 1.0, 1.0)
@@ -167,7 +182,7 @@ def test_figures_are_drawn_from_the_command_line(run, measured, tmp_path, monkey
     assert whole["bits_per_dim"] == pytest.approx(measured["bits_per_dim"], rel=0.02)
     assert half["kl_bits_per_dim"] < whole["kl_bits_per_dim"]
     for flags, message in (
-        (["--figure=nonsense"], "there are progressive, swap, interpolation, pruning"),
+        (["--figure=nonsense"], "there are reconstruction, progressive, swap, interpolation, pruning"),
         (["--figure=swap", "--keep=0.5"], "--keep means nothing for the figure 'swap'; it knows none of its kind"),
         (["--keep=0.5"], "--keep means nothing for a run of vdvae"),
         (["--decode=evaluation"], "latents is missing; train.py --stage=latents makes it"),
@@ -270,6 +285,22 @@ def test_noise_loss_and_balance_do_not_depend_on_micro_batches(gamma_steps):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(np.abs(theirs).max(), 1e-3))
 
 
+@pytest.mark.parametrize(
+    ("step", "beta"), [(0, 1e-4), (20, 1e-4), (2499, (2500 - 21) / 5021), (5041, 1.0), (9999, 1.0), (10_000, 1.0)]
+)
+def test_the_objective_is_that_of_the_update_being_taken(step, beta, monkeypatch):
+    config = run_lib.parse(config_files.load("vdvae_digits:tiny"))[1]
+    config = dataclasses.replace(config, objective=ObjectiveConfig(kl_steps=5000, gamma_steps=10_000))
+    reconstruction, kl = np.float32([60.0, 80.0]), np.float32([[1.0, 3.0], [20.0, 12.0], [6.0, 2.0]])
+    monkeypatch.setattr(model_stage.vae, "bound", lambda *_: (jnp.asarray(reconstruction), jnp.asarray(kl)))
+    batch = {"image": np.zeros((2, 8, 8, 1), np.uint8), "position": np.arange(2, dtype=np.int32)}
+    found, aux = model_stage.make(config, DIGITS).loss({}, {}, batch, jax.random.key(0), jnp.int32(step))
+    share = np.array([2.0 / 2, 16.0 / 128, 4.0 / 128])  # of an element; layers of 1x1x2, 8x8x2 and 8x8x2
+    gamma = 3 * share / share.sum() if step < 10_000 else np.ones(3)
+    np.testing.assert_allclose(found, (70.0 + beta * (gamma * [2.0, 16.0, 4.0]).sum()) / 64, rtol=1e-6)
+    np.testing.assert_allclose(aux.parts["nats"], reconstruction + kl.sum(0))  # the bound itself, whatever the weights
+
+
 def test_layers_are_balanced_over_the_global_batch():
     """The mean divergence is that of all devices' examples, not each device's own."""
     config = run_lib.parse(config_files.load("vdvae_digits:tiny"))[1]
@@ -302,6 +333,33 @@ def test_the_trunk_in_half_precision_gives_nearly_the_same_bound():
         nats[dtype] = reconstruction + kl.sum(0)
     assert (nats["float32"] != nats["bfloat16"]).all()
     np.testing.assert_allclose(nats["bfloat16"], nats["float32"], rtol=0.02)
+
+
+def test_training_images_alone_are_mirrored_and_only_where_the_config_says(monkeypatch):
+    seen = []
+    monkeypatch.setattr(model_stage.augment, "flip", lambda keys, image: seen.append(keys.shape) or image)
+    config = run_lib.parse(config_files.load("vdvae_digits:tiny"))[1]
+    image = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.uint8)
+    batch = {"image": image, "position": jax.ShapeDtypeStruct((4,), jnp.int32)}
+    for flips in (False, True):
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, flip=flips))
+        model = model_stage.make(changed, DIGITS)
+        params, _ = jax.eval_shape(model.init, jax.random.key(0))
+        jax.eval_shape(model.measure, params, {}, batch, jax.random.key(0))
+        assert not seen
+        jax.eval_shape(model.loss, params, {}, batch, jax.random.key(0), jnp.int32(0))
+        assert seen == [(4,)] * flips
+
+
+@pytest.mark.parametrize("whiten", [(), (120.0, 64.0)])
+def test_the_encoder_sees_all_bits_where_the_likelihood_is_that_of_fewer(whiten):
+    config = run_lib.parse(config_files.load("vdvae_digits:tiny"))[1].model
+    model = vae.make(dataclasses.replace(config, target_bits=5, whiten=whiten), Facts((8, 8, 3), 256))
+    image = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    mean, deviation = whiten or (127.5, 127.5)
+    np.testing.assert_allclose(vae.inputs(model, image), (image.astype(float) - mean) / deviation, atol=1e-6)
+    np.testing.assert_array_equal(vae.target(model, image), image // 8)
+    assert model.output.levels == 32
 
 
 @pytest.mark.parametrize("shape", [(6, 10, 1), (8, 8, 1)])
