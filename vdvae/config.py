@@ -67,6 +67,8 @@ class ModelConfig:
         for key in ("latent_beta", "output_beta"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"{key} must be positive, not {getattr(self, key)}")
+        if not -math.inf < self.min_log_scale < math.inf:
+            raise ValueError(f"min_log_scale must be finite, not {self.min_log_scale}")
         if not 1 <= self.target_bits <= 8:
             raise ValueError(f"target_bits must lie in 1..8, not {self.target_bits}")
         if self.whiten and (len(self.whiten) != 2 or not self.whiten[1] > 0):

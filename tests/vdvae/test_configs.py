@@ -173,6 +173,7 @@ def test_decay_spares_heads_projections_maps_and_biases():
         ({"latent": "gaussian"}, "model.latent must be one of std, log_std"),
         ({"bins": "exact"}, "model.bins must be one of normalised"),
         ({"whiten": (1.0,)}, "model.whiten must be"),
+        ({"min_log_scale": float("-inf")}, "model.min_log_scale must be finite"),
         ({"latent_beta": 0.0}, "model.latent_beta must be positive"),
         ({"style": "vdvae"}, "model.skips must be 1"),
     ],
