@@ -64,8 +64,8 @@ def make(config: ModelConfig, about: Facts) -> Density:
         def some(indices: Array) -> tuple[Array, Array]:
             own = jax.vmap(lambda index: jax.vmap(lambda key: jax.random.fold_in(key, index))(keys))(indices)
             u, log_q = noise.draw(params["dequantizer"], images, own)
-            y = (images + u).reshape(-1, *images.shape[1:])
-            return log_prob(params, y).reshape(log_q.shape) - log_q, log_q
+            log_p = log_prob(params, dequantization.joined(images + u))
+            return dequantization.parted(log_p, len(indices)) - log_q, log_q
 
         log_w, log_q = bounds.in_chunks(some, samples, config.chunk)
         return log_w, log_q
@@ -94,7 +94,7 @@ def make(config: ModelConfig, about: Facts) -> Density:
 
 
 def check(config: ModelConfig, about: Facts) -> None:
-    """Raises InputError where the images cannot be halved as often as the flows do."""
+    """Raises InputError where the images cannot be halved as often as the flows do, or have too few channels."""
     height, width, _ = about.shape
     flows = {"flow": config.flow} | (
         {"dequantization.flow": config.dequantization.flow} if config.dequantization else {}
