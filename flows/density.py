@@ -16,7 +16,7 @@ from bitsperdim.dequantize import Range
 from bitsperdim.errors import InputError
 from bitsperdim.facts import Facts
 from flows import bounds, dequantization, layers
-from flows.config import ModelConfig
+from flows.config import FlowConfig, ModelConfig
 
 Latents = tuple[Float[Array, "b h w c"], ...]
 
@@ -106,6 +106,16 @@ def check(config: ModelConfig, about: Facts) -> None:
                 f"images are {height}x{width}, but model.{name}.steps has {len(flow.steps)} levels: both edges must be "
                 f"multiples of {factor}"
             )
+        if any(0 in shape for shape in _latent_shapes(flow, about)):
+            raise InputError(
+                f"model.{name}.factor={flow.factor} would split nothing off a level that has fewer channels; take a "
+                "smaller one"
+            )
+
+
+def _latent_shapes(config: FlowConfig, about: Facts) -> tuple[tuple[int, int, int], ...]:
+    image = jax.ShapeDtypeStruct((1, *about.shape), float)
+    return tuple(latent.shape[1:] for latent in jax.eval_shape(lambda x: layers.unpack(config, x), image))
 
 
 def _inverse(config: ModelConfig) -> str:
