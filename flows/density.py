@@ -88,8 +88,7 @@ def make(config: ModelConfig, about: Facts) -> Density:
         y = noisy(params, images, keys)
         return y, decode(params, encode(params, y))
 
-    image = jax.ShapeDtypeStruct((1, *about.shape), float)
-    shapes = tuple(latent.shape[1:] for latent in jax.eval_shape(lambda x: layers.unpack(config.flow, x), image))
+    shapes = _latent_shapes(config.flow, about)
     return Density(init, log_weights, init_from_batch, noisy, log_prob, encode, decode, round_trip, shapes)
 
 
