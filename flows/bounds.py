@@ -24,6 +24,11 @@ def renyi(log_weights: Float[Array, "k b"], alpha: float) -> Float[Array, " b"]:
     return (jax.nn.logsumexp(order * log_weights, 0) - math.log(len(log_weights))) / order
 
 
+def kind(alpha: float) -> str:
+    """What L_alpha is called in the names of figures."""
+    return "importance_weighted" if alpha == 0.0 else f"renyi_{alpha:g}"
+
+
 def in_chunks(
     some: Callable[[Int[Array, " m"]], tuple[Float[Array, "m b"], ...]], count: int, chunk: int
 ) -> tuple[Float[Array, "k b"], ...]:

@@ -4,6 +4,7 @@ Not here: the published experiments (`configs/`).
 """
 
 import dataclasses
+import math
 
 from bitsperdim.config import at_least, one_of
 from bitsperdim.data import DataConfig
@@ -94,6 +95,8 @@ class ModelConfig:
         one_of(self, range=("symmetric", "unit"), inverse=("auto", *INVERSES))
         at_least(self, 1, "samples", "measured_samples", "chunk", "init_images")
         at_least(self, 0, "shift")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha must be finite, not {self.alpha}")
         for key in ("samples", "measured_samples"):
             if getattr(self, key) > self.chunk and getattr(self, key) % self.chunk:
                 raise ValueError(
@@ -140,4 +143,6 @@ class Config:
     def __post_init__(self) -> None:
         most = self.evaluation.samples
         if most > self.model.chunk and most % self.model.chunk:
-            raise ValueError(f"evaluation.samples must be a multiple of model.chunk={self.model.chunk}, not {most}")
+            raise ValueError(
+                f"evaluation.samples must be a multiple of model.chunk={self.model.chunk}, or smaller, not {most}"
+            )

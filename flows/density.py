@@ -16,7 +16,7 @@ from bitsperdim.dequantize import Range
 from bitsperdim.errors import InputError
 from bitsperdim.facts import Facts
 from flows import bounds, dequantization, layers
-from flows.config import ModelConfig
+from flows.config import FlowConfig, ModelConfig
 
 Latents = tuple[Float[Array, "b h w c"], ...]
 
@@ -64,8 +64,8 @@ def make(config: ModelConfig, about: Facts) -> Density:
         def some(indices: Array) -> tuple[Array, Array]:
             own = jax.vmap(lambda index: jax.vmap(lambda key: jax.random.fold_in(key, index))(keys))(indices)
             u, log_q = noise.draw(params["dequantizer"], images, own)
-            y = (images + u).reshape(-1, *images.shape[1:])
-            return log_prob(params, y).reshape(log_q.shape) - log_q, log_q
+            log_p = log_prob(params, dequantization.joined(images + u))
+            return dequantization.parted(log_p, len(indices)) - log_q, log_q
 
         log_w, log_q = bounds.in_chunks(some, samples, config.chunk)
         return log_w, log_q
@@ -88,13 +88,12 @@ def make(config: ModelConfig, about: Facts) -> Density:
         y = noisy(params, images, keys)
         return y, decode(params, encode(params, y))
 
-    image = jax.ShapeDtypeStruct((1, *about.shape), float)
-    shapes = tuple(latent.shape[1:] for latent in jax.eval_shape(lambda x: layers.unpack(config.flow, x), image))
+    shapes = _latent_shapes(config.flow, about)
     return Density(init, log_weights, init_from_batch, noisy, log_prob, encode, decode, round_trip, shapes)
 
 
 def check(config: ModelConfig, about: Facts) -> None:
-    """Raises InputError where the images cannot be halved as often as the flows do."""
+    """Raises InputError where the images cannot be halved as often as the flows do, or have too few channels."""
     height, width, _ = about.shape
     flows = {"flow": config.flow} | (
         {"dequantization.flow": config.dequantization.flow} if config.dequantization else {}
@@ -106,6 +105,16 @@ def check(config: ModelConfig, about: Facts) -> None:
                 f"images are {height}x{width}, but model.{name}.steps has {len(flow.steps)} levels: both edges must be "
                 f"multiples of {factor}"
             )
+        if any(0 in shape for shape in _latent_shapes(flow, about)):
+            raise InputError(
+                f"model.{name}.factor={flow.factor} would split nothing off a level that has fewer channels; take a "
+                "smaller one"
+            )
+
+
+def _latent_shapes(config: FlowConfig, about: Facts) -> tuple[tuple[int, int, int], ...]:
+    image = jax.ShapeDtypeStruct((1, *about.shape), float)
+    return tuple(latent.shape[1:] for latent in jax.eval_shape(lambda x: layers.unpack(config, x), image))
 
 
 def _inverse(config: ModelConfig) -> str:

@@ -69,12 +69,12 @@ def variational(config: DequantizationConfig, channels: int, levels: int, scan: 
         return from_normal(params, noise, features)
 
     def from_normal(params: PyTree, noise: Float[Array, "k b h w c"], features: Array) -> tuple[Array, Array]:
-        flat = noise.reshape(-1, *noise.shape[2:])
-        repeated = jnp.broadcast_to(features, (len(noise), *features.shape)).reshape(len(flat), *features.shape[1:])
+        flat = joined(noise)
+        repeated = joined(jnp.broadcast_to(features, (len(noise), *features.shape)))
         latents, log_det = flow.forward_and_log_det(params["flow"], flat, repeated)
         v = layers.pack(config.flow, latents)
         log_q = log_normal(flat) - log_det - log_sigmoid_slope(v)
-        return to_noise(v).reshape(noise.shape), log_q.reshape(noise.shape[:2])
+        return parted(to_noise(v), len(noise)), parted(log_q, len(noise))
 
     def init_from_batch(params: PyTree, images: Array, keys: Key[Array, " b"]) -> tuple[PyTree, Array]:
         of_encoder, features = net.init_from_batch(params["encoder"], to_condition(images))
@@ -82,6 +82,19 @@ def variational(config: DequantizationConfig, channels: int, levels: int, scan: 
         return {"flow": of_flow, "encoder": of_encoder}, to_noise(layers.pack(config.flow, latents))
 
     return Dequantizer(init, draw, init_from_batch, from_normal)
+
+
+def joined(samples: Float[Array, "k b ..."]) -> Float[Array, "b*k ..."]:
+    """All samples of all images as one batch: those of one image stand together.
+
+    The other way around the batch would not lie on the devices as the images do, so that each computed all of it.
+    """
+    return samples.swapaxes(0, 1).reshape(-1, *samples.shape[2:])
+
+
+def parted(batch: Float[Array, "b*k ..."], count: int) -> Float[Array, "k b ..."]:
+    """The inverse of `joined`, of `count` samples."""
+    return batch.reshape(-1, count, *batch.shape[1:]).swapaxes(0, 1)
 
 
 def to_noise(v: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -43,6 +43,9 @@ def stage(config: Config) -> Stage:
 def make(config: ModelConfig, about: Facts, measured_samples: int, inverts: bool = False) -> Model:
     """L = -L_alpha of `config.samples` noise samples, a mean over examples, in nats per image (`bounds.py`).
 
+    While it trains, `bits_per_dim` is the evidence lower bound too, whatever the objective; another objective stands
+    beside it under its kind and K.
+
     Measured are the evidence lower bound (the mean over `measured_samples` draws) and the importance-weighted bound
     with as many, whose difference estimates KL(q(u | x) || p(u | x)) from below (eq. 3). `inverts`: also the error of
     y = x + u, in levels, when it is encoded and decoded again, and the share of images whose levels are then x.
@@ -52,9 +55,8 @@ def make(config: ModelConfig, about: Facts, measured_samples: int, inverts: bool
     def init(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
         return model.init(key), {}
 
-    def parts(log_w: Array, log_q: Array, alpha: float) -> tuple[Float[Array, " b"], dict[str, Array]]:
-        nats = -bounds.renyi(log_w, alpha)
-        return nats, {"nats": nats, "noise_entropy_nats": -log_q.mean(0)}
+    def parts(log_w: Array, log_q: Array) -> dict[str, Float[Array, " b"]]:
+        return {"nats": -bounds.renyi(log_w, 1.0), "noise_entropy_nats": -log_q.mean(0)}
 
     def loss(params: PyTree, extra: PyTree, batch: Batch, key: Array, step: Array) -> tuple[Array, Aux]:
         keys = lambda purpose: rng.per_example(rng.for_purpose(key, purpose), batch["position"])
@@ -63,14 +65,18 @@ def make(config: ModelConfig, about: Facts, measured_samples: int, inverts: bool
             image = augment.shift(keys("shift"), image, config.shift)
         if config.flip:
             image = augment.flip(keys("flip"), image)
-        nats, values = parts(*model.log_weights(params, image, keys("noise"), config.samples), config.alpha)
-        return nats.mean(), Aux(values | {"bits_per_dim": likelihood.bits_per_dim(nats, dims)}, (), ())
+        log_w, log_q = model.log_weights(params, image, keys("noise"), config.samples)
+        values, objective = parts(log_w, log_q), -bounds.renyi(log_w, config.alpha)
+        bits = {"bits_per_dim": likelihood.bits_per_dim(values["nats"], dims)}
+        if config.alpha != 1.0:
+            name = f"bits_per_dim_{bounds.kind(config.alpha)}_{config.samples}"
+            bits[name] = likelihood.bits_per_dim(objective, dims)
+        return objective.mean(), Aux(values | bits, (), ())
 
     def measure(params: PyTree, extra: PyTree, batch: Batch, key: Array) -> Aux:
         keys = rng.per_example(rng.for_purpose(key, "noise"), batch["position"])
         log_w, log_q = model.log_weights(params, batch["image"], keys, measured_samples)
-        _, values = parts(log_w, log_q, 1.0)
-        values |= {"importance_weighted_nats": -bounds.renyi(log_w, 0.0)}
+        values = parts(log_w, log_q) | {"importance_weighted_nats": -bounds.renyi(log_w, 0.0)}
         if not inverts:
             return Aux(values, (), ())
         means, maxima = round_trip_errors(batch["image"], *model.round_trip(params, batch["image"], keys), about.levels)
@@ -80,7 +86,7 @@ def make(config: ModelConfig, about: Facts, measured_samples: int, inverts: bool
         if "importance_weighted_nats" not in means:
             return means
         bits = {name: likelihood.bits_per_dim(means[name], dims) for name in means}
-        weighted = f"bits_per_dim_importance_weighted_{measured_samples}"
+        weighted = f"bits_per_dim_{bounds.kind(0.0)}_{measured_samples}"
         return {
             "bits_per_dim": bits["nats"],
             weighted: bits["importance_weighted_nats"],

@@ -64,8 +64,9 @@ def perturbed(bijector, seed=0):
 
 
 def batch(channels, condition_channels, size=2):
-    x = jax.random.normal(jax.random.key(5), (size, 4, 4, channels), float)
-    condition = jax.random.normal(jax.random.key(6), (size, 4, 4, condition_channels), float)
+    """Images that are no squares: height is not taken for width."""
+    x = jax.random.normal(jax.random.key(5), (size, 4, 8, channels), float)
+    condition = jax.random.normal(jax.random.key(6), (size, 4, 8, condition_channels), float)
     return x, condition if condition_channels else None
 
 
@@ -94,10 +95,10 @@ def test_a_pixel_depends_on_itself_and_on_the_lines_before_it(order, kernel):
     flat = lambda v: bijector.forward_and_log_det(params, v.reshape(x.shape), None)[0].ravel()
     depends = np.asarray(jax.jit(jax.jacrev(flat))(x.ravel())) != 0.0
     lines, reach = kernel[0], kernel[1] // 2
-    expected = np.zeros((16, 16), bool)
-    for h, w, i, j in np.ndindex(4, 4, 4, 4):
+    expected = np.zeros((32, 32), bool)
+    for h, w, i, j in np.ndindex(4, 8, 4, 8):
         along, across = {"A": (h - i, w - j), "B": (i - h, w - j), "C": (w - j, h - i), "D": (j - w, h - i)}[order]
-        expected[4 * h + w, 4 * i + j] = (h, w) == (i, j) or (1 <= along <= lines and abs(across) <= reach)
+        expected[8 * h + w, 8 * i + j] = (h, w) == (i, j) or (1 <= along <= lines and abs(across) <= reach)
     np.testing.assert_array_equal(depends, expected)
 
 

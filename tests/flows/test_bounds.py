@@ -2,16 +2,20 @@
 
 import dataclasses
 import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitsperdim import dequantize, rng
+from bitsperdim import dequantize, rng, sharding
 from bitsperdim.errors import InputError
 from bitsperdim.facts import Facts
-from flows import bounds, density, dequantization
+from bitsperdim.sharding import MeshConfig
+from flows import bounds, density, dequantization, stage
 from flows.config import DequantizationConfig, FlowConfig, ModelConfig
 
 ONE = FlowConfig(((1,),), (4,))
@@ -115,6 +119,71 @@ def test_drawn_noise_has_the_density_that_it_claims(x64):
     assert (inside[:, 0, 0] * np.exp(-log_q[:, 0])).mean() == pytest.approx(0.09, abs=0.005)
 
 
+@pytest.mark.parametrize("noise", [None, NOISE], ids=["uniform", "variational"])
+def test_devices_share_the_samples_of_their_own_images(noise):
+    """Of several samples none crosses from one device to another: each computes an eighth."""
+    glow = FlowConfig(((1,),), (4,), kind="glow", factor=2)
+    model, mesh = density.make(ModelConfig(glow, noise), Facts((4, 4, 1), 17)), sharding.make_mesh(MeshConfig())
+    over, like = sharding.over_batch(mesh), jax.ShapeDtypeStruct
+    weights = lambda params, images, position: (
+        model.log_weights(params, images, rng.per_example(jax.random.key(0), position), 4)[0].T
+    )
+    given = like((8, 4, 4, 1), jnp.uint8, sharding=over), like((8,), jnp.int32, sharding=over)
+    program = jax.jit(weights, out_shardings=over).lower(jax.eval_shape(model.init, jax.random.key(0)), *given)
+    text = program.compile().as_text()
+    assert not re.findall("all-gather|all-to-all|collective-permute|all-reduce", text)
+
+
+def test_the_objective_has_its_order_and_figures_say_what_they_are(monkeypatch):
+    log_w = jnp.array([[0.0, 1.0], [2.0, -1.0], [1.0, 3.0]])
+    seen = []
+
+    def log_weights(params, images, keys, samples):
+        seen.append(np.asarray(images))
+        return log_w[:samples], jnp.zeros((samples, len(images))) + jnp.array([1.0, 2.0])
+
+    monkeypatch.setattr(density, "make", lambda config, about: Fake(log_weights))
+    images = jnp.arange(8, dtype=jnp.uint8).reshape(2, 2, 2, 1)
+    batch, key = {"image": images, "position": jnp.arange(2)}, jax.random.key(0)
+    w, bits = np.exp(np.asarray(log_w, np.float64)), 1.0 / (4 * math.log(2.0))
+    for alpha, samples, name in ((0.0, 2, "importance_weighted_2"), (-1.0, 3, "renyi_-1_3"), (1.0, 2, None)):
+        model = stage.make(ModelConfig(ONE, samples=samples, alpha=alpha), Facts((2, 2, 1), 17), 3)
+        objective, aux = model.loss({}, {}, batch, key, 0)
+        order = 1.0 - alpha
+        each = np.log((w[:samples] ** order).mean(0)) / order if order else np.log(w[:samples]).mean(0)
+        np.testing.assert_allclose(objective, -each.mean(), rtol=1e-6)
+        elbo = -np.log(w[:samples]).mean(0)
+        np.testing.assert_allclose(aux.parts["nats"], elbo, rtol=1e-6)
+        np.testing.assert_allclose(aux.parts["bits_per_dim"], elbo * bits, rtol=1e-6)
+        assert [part for part in aux.parts if "importance" in part or "renyi" in part] == (
+            [f"bits_per_dim_{name}"] if name else []
+        )
+        if name:
+            np.testing.assert_allclose(aux.parts[f"bits_per_dim_{name}"], -each * bits, rtol=1e-6)
+        measured = model.measure({}, {}, batch, key).parts
+        figures = model.summarize({name: float(value.mean()) for name, value in measured.items()}, ())
+        bound, weighted = -np.log(w).mean() * bits, -np.log(w.mean(0)).mean() * bits
+        assert figures["bits_per_dim"] == pytest.approx(bound)
+        assert figures["bits_per_dim_importance_weighted_3"] == pytest.approx(weighted)
+        assert figures["dequantization_gap_bits_per_dim"] == pytest.approx(bound - weighted)
+        assert figures["noise_entropy_bits_per_dim"] == pytest.approx(-1.5 * bits)
+    assert all((some == images).all() for some in seen)
+    # Training images are mirrored where the config says so, those that are measured are not.
+    model = stage.make(ModelConfig(ONE, flip=True), Facts((2, 2, 1), 17), 3)
+    seen.clear()
+    for i in range(4):
+        model.loss({}, {}, batch, jax.random.key(i), 0)
+    assert any((some == images[:, :, ::-1]).all((1, 2, 3)).any() for some in seen)
+    model.measure({}, {}, batch, key)
+    np.testing.assert_array_equal(seen[-1], images)
+
+
+class Fake(NamedTuple):
+    """Of a density what the stage asks for."""
+
+    log_weights: Callable
+
+
 def test_chunks_change_nothing():
     about, image = Facts((4, 4, 1), 17), jnp.arange(48, dtype=jnp.uint8).reshape(3, 4, 4, 1) % 17
     values = []
@@ -132,6 +201,15 @@ def test_images_that_cannot_be_halved_are_refused_by_name():
         density.make(ModelConfig(flow), Facts((6, 8, 3), 256))
     with pytest.raises(InputError, match=r"model\.dequantization\.flow\.steps"):
         density.make(ModelConfig(ONE, DequantizationConfig(flow)), Facts((6, 8, 3), 256))
+    wide = dataclasses.replace(flow, factor=5)
+    with pytest.raises(InputError, match=r"model\.flow\.factor=5 would split nothing off"):
+        density.make(ModelConfig(wide), Facts((8, 8, 1), 256))
+    assert density.make(ModelConfig(wide), Facts((8, 8, 3), 256)).latent_shapes == ((4, 4, 2), (2, 2, 40))
+
+
+def test_orders_that_are_no_number_are_refused():
+    with pytest.raises(ValueError, match="alpha must be finite, not inf"):
+        ModelConfig(ONE, alpha=math.inf)
 
 
 @pytest.mark.parametrize(

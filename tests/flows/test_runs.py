@@ -10,12 +10,12 @@ import PIL.Image
 import pytest
 
 import bitsperdim
-from bitsperdim import adopt, cli, config_files, data, facts, rng, sharding, trainer
+from bitsperdim import adopt, cli, config_files, data, dequantize, rng, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.facts import Facts
 from bitsperdim.metrics import read
-from flows import convert, density, imported, layers
+from flows import actnorm, convert, density, dequantization, encoder, imported, layers, squeeze
 
 
 def config_of(variant="tiny", **changes):
@@ -129,22 +129,31 @@ def test_figures_are_drawn_from_the_command_line(run, tmp_path, monkeypatch, cap
     assert record["exact_images"] == 1.0 and record["mean_error_levels"] < record["largest_error_levels"] < 1e-2
 
 
-def test_the_start_on_eight_devices_is_that_on_one(tmp_path):
-    config = config_of("variational")
-    run = run_lib.check(tmp_path / "run", config)
+def test_the_start_on_eight_devices_is_that_on_one_and_sees_noise(run):
     stage = run.stage("model")
     alone = jax.make_mesh(
         (1, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:1]
     )
     meshes = (sharding.make_mesh(run.config.mesh), alone)
+    dequantizer = dequantization.variational(run.config.model.dequantization, 1, 17, False)
     eight, one = (jax.device_get(stage.begin(run, mesh)["params"]) for mesh in meshes)
     for ours, theirs in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    # And it is a start: every scale has moved.
-    model = density.make(run.config.model, facts.of_run(run))
-    fresh = jax.jit(model.init)(rng.for_purpose(jax.random.key(run.seed("model")), "init"))
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), eight, jax.device_get(fresh))
-    assert min(jax.tree.leaves(moved["flow"]["level0"]["steps0"]["unit0"]["actnorm1"])) > 0.01
+    # The first actnorm standardises the images with their noise, and the encoder's last convolution its features.
+    count = run.config.model.init_images
+    images = data.open_source(run.config.data, "train")
+    batch = data.train_batch(images, run.seed("model"), 0, count, sharding.over_batch(meshes[0]))
+    key = rng.for_purpose(jax.random.key(run.seed("model")), "init")
+    keys = rng.per_example(rng.for_purpose(key, "noise"), batch["position"])
+    u, _ = jax.jit(dequantizer.draw)(eight["dequantizer"], batch["image"], keys[None])
+    z = squeeze.squeeze(dequantize.scale(batch["image"] + u[0], 17, "symmetric"))
+    first = jax.tree.map(lambda leaf: leaf[0], eight["flow"]["level0"]["steps0"]["actnorm"])
+    y, _ = actnorm.forward_and_log_det(first, z)
+    np.testing.assert_allclose(y.mean((0, 1, 2)), 0.0, atol=1e-4)
+    np.testing.assert_allclose(y.std((0, 1, 2), ddof=1), 1.0, rtol=1e-3)
+    c = dequantize.scale(batch["image"].astype(float), 17, "symmetric")
+    features = jax.jit(encoder.encoder(1, 2, 0).apply)(eight["dequantizer"]["encoder"], c)
+    np.testing.assert_allclose(features.std((0, 1, 2), ddof=1), 1.0, rtol=1e-3)
 
 
 @pytest.mark.slow
