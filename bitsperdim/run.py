@@ -24,7 +24,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from bitsperdim import atomic, optim
+from bitsperdim import atomic, hosts, optim
 from bitsperdim import config as config_lib
 from bitsperdim.errors import InputError
 from bitsperdim.model import Stage
@@ -114,11 +114,19 @@ def check(workdir: str | os.PathLike[str], values: ConfigDict | Mapping[str, Any
     return run
 
 
+def check_same_config(run: Run) -> None:
+    """Raises `InputError` where this process was given another config than the first one. Collective."""
+    values = config_lib.to_plain(run.config)
+    values["data"] = {key: value for key, value in values["data"].items() if key not in PATH_KEYS}
+    message = "this process was given another config than the first one; all take the same flags"
+    hosts.check_same(zlib.crc32(json.dumps(values, sort_keys=True).encode()), message)
+
+
 def create(run: Run) -> list[str]:
     """Writes the run's config and environment; returns a line for each thing that changed since the last start."""
     try:
-        run.workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
+        if hosts.is_first():
+            run.workdir.mkdir(parents=True, exist_ok=True)
             write_json(run.workdir / "config.json", config_lib.to_plain(run.config))
         return _note_environment(run)
     except OSError as error:
@@ -129,7 +137,7 @@ def keep_free_keys(run: Run) -> None:
     """Writes the config of a complete run where free keys have other values, such as those of `sampling`."""
     path = run.workdir / "config.json"
     now = config_lib.to_plain(run.config)
-    if jax.process_index() == 0 and read_json(path) != now:
+    if hosts.is_first() and read_json(path) != now:
         write_json(path, now)
 
 
@@ -185,7 +193,7 @@ def _note_environment(run: Run) -> list[str]:
     }
     path = run.workdir / "environment.json"
     before = read_json(path) if path.exists() else now
-    if jax.process_index() == 0:
+    if hosts.is_first():
         write_json(path, now)
     return [
         f"{key} changed from {before.get(key)} to {value}" for key, value in now.items() if before.get(key) != value
@@ -291,8 +299,8 @@ def write_json(path: epath.Path, values: Any) -> None:
 
 
 def stream() -> TextIO:
-    """Where a run speaks to people: stderr of the first host; the others write into the void."""
-    return sys.stderr if jax.process_index() == 0 else io.StringIO()
+    """Where a run speaks to people: stderr of the first process; the others write into the void."""
+    return sys.stderr if hosts.is_first() else io.StringIO()
 
 
 def say(line: str) -> None:

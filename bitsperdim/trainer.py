@@ -8,6 +8,7 @@ restored (`trained.py`).
 
 import contextlib
 import fcntl
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from bitsperdim import atomic, data, evaluation, metrics, optim, rng, sharding, warm_start
+from bitsperdim import atomic, data, evaluation, hosts, metrics, optim, rng, sharding, warm_start
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
@@ -42,29 +43,33 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", 
 
     The same call again goes on where the last one stopped, bit for bit. Raises `InputError` before anything is written
     when the config, the data or the folder do not fit, `Interrupted` after a signal (`KeyboardInterrupt` where there is
-    nothing to save), `NonFiniteError`.
+    nothing to save), `NonFiniteError`. Of several processes (`hosts.py`) all call it, and all see what one raises.
     """
-    with Signals() as signals:
-        run = run_lib.check(workdir, values)
-        chosen = [run.stage(only)] if only else [stage for stage in run.stages() if not stage.on_request]
-        mesh = sharding.make_mesh(run.config.mesh)
-        for stage in chosen:
-            _check_schedule(stage)
-            _check_batch_size(stage, mesh)
-        for stage in chosen:
-            # What cannot be built should not be found out when its turn comes, hours later. This may fetch the data.
-            if stage.model is not None:
-                like = abstract_state(run, stage, stage.model(run), mesh)
-                if init_from:
-                    warm_start.check(run, stage, like, init_from)
+    with Signals(hosts.any_of) as signals:
+        with hosts.together():
+            run = run_lib.check(workdir, values)
+            chosen = [run.stage(only)] if only else [stage for stage in run.stages() if not stage.on_request]
+            mesh = sharding.make_mesh(run.config.mesh)
+            for stage in chosen:
+                _check_schedule(stage)
+                _check_batch_size(stage, mesh)
+            for stage in chosen:
+                # What cannot be built should not be found out when its turn comes, hours later. May fetch the data.
+                if stage.model is not None:
+                    like = abstract_state(run, stage, stage.model(run), mesh)
+                    if init_from:
+                        warm_start.check(run, stage, like, init_from)
+        run_lib.check_same_config(run)
         complete = {stage.name: is_complete(run, stage) for stage in chosen}
         if all(complete.values()):
-            for stage in chosen:
-                if _record_of_sources(run, stage).exists():  # not of what extracts, nor of published weights
-                    check_sources(run, stage, _sources(run, stage))
+            with hosts.together():
+                for stage in chosen:
+                    if _record_of_sources(run, stage).exists():  # not of what extracts, nor of published weights
+                        check_sources(run, stage, _sources(run, stage))
             run_lib.keep_free_keys(run)
             run_lib.say(f"{run.workdir} is complete: nothing left to do")
             return run
+        hosts.check_shared(run.workdir)
         for stage in chosen:
             if complete[stage.name]:
                 run_lib.say(f"{stage.name}: complete")
@@ -81,21 +86,22 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", 
 
 def is_complete(run: Run, stage: Stage) -> bool:
     """Has the stage reached its last step, or is its extraction done?"""
-    if stage.is_extracted is not None:
-        return stage.is_extracted(run)
+    if (is_extracted := stage.is_extracted) is not None:
+        return bool(hosts.from_first(lambda: is_extracted(run)))
     assert stage.settings is not None
     with checkpoints_of(run, stage) as checkpoints:
         # A damaged last checkpoint is no end: the stage goes on from the one before.
-        last = max(checkpoints.steps(), default=0)
-        return last >= stage.settings.steps and checkpoints.newest_whole() >= stage.settings.steps
+        return checkpoints.newest() >= stage.settings.steps and checkpoints.newest_whole() >= stage.settings.steps
 
 
 def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from: str = "") -> None:
     """From the newest checkpoint, or from nothing, to the stage's last step."""
     assert stage.model and stage.source and stage.optim and stage.settings
     config, seed, model = stage.settings, run.seed(stage.name), stage.model(run)
-    sources = _sources(run, stage)
-    check_sources(run, stage, sources)
+    with hosts.together():
+        sources = _sources(run, stage)
+        check_sources(run, stage, sources)
+    _check_same_images(sources)
     like = abstract_state(run, stage, model, mesh)
     _check_best_metric(config, model, like, sources["evaluation"])
     observer = Observer(run, stage, model, sources["evaluation"], mesh, signals.check)
@@ -113,7 +119,7 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
         make = lambda dispatch: [batch(index) for index in range(dispatch * each, (dispatch + 1) * each)]
         ahead = data.prefetch(make, start // each, config.steps // each)
         # Guarded, since a copy between host and devices that nobody asked for would stall every step.
-        guard = jax.transfer_guard("disallow")
+        guard, vote = jax.transfer_guard("disallow"), hosts.Vote(mesh)
         with signals.deferred(), contextlib.closing(observer), contextlib.closing(ahead) as dispatches, guard:
             if figures := observer.catch_up(start, state):
                 checkpoints.save(start, state, figures)
@@ -123,9 +129,10 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
                     figures = observer.after_step(done, state, report)
                 except Interrupted:  # in the middle of an evaluation, which the next start makes
                     figures = {}
-                if done % config.save_every == 0 or done == config.steps or signals.received is not None:
+                stops = signals.is_seen(vote)
+                if done % config.save_every == 0 or done == config.steps or stops:
                     checkpoints.save(done, state, figures)
-                if signals.received is not None and done < config.steps:
+                if stops and done < config.steps:
                     checkpoints.wait()
                     observer.message(f"{stage.name}: saved at step {done:,}")
                     signals.check()
@@ -146,8 +153,9 @@ def evaluate(run: Run, split: str) -> dict[str, Any]:
         if lacking := _lacking(run, stage, split):
             run_lib.say(f"{stage.name}: not measured, for {lacking}")
             continue
-        source = stage.source(run, split)
-        check_sources(run, stage, {split: source})
+        with hosts.together():
+            source = stage.source(run, split)
+            check_sources(run, stage, {split: source})
         model, state = restore(run, stage.name, mesh)
         model = stage.evaluated(run) if stage.evaluated else model
         figures = evaluation.evaluate(
@@ -202,18 +210,19 @@ def _restored_or_new(
 
 @contextlib.contextmanager
 def _alone(folder: epath.Path) -> Iterator[None]:
-    """Holds the lock of a stage's folder; `InputError` where another process of this machine does.
+    """Holds the lock of a stage's folder; `InputError` where another run on this machine does.
 
     Two runs in one folder would remove each other's files. The system frees the lock of a process that is killed.
     """
-    if atomic.is_remote(folder) or jax.process_index() > 0:
-        yield
-        return
-    with open(folder.parent / f".{folder.name}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another process is working on {folder}; wait for it, or use a new --workdir") from error
+    with contextlib.ExitStack() as stack:
+        with hosts.together():
+            if hosts.is_first() and not atomic.is_remote(folder):
+                file = stack.enter_context(open(folder.parent / f".{folder.name}.lock", "w"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    message = f"another process is working on {folder}; wait for it, or use a new --workdir"
+                    raise InputError(message) from error
         yield
 
 
@@ -243,6 +252,13 @@ def check_sources(run: Run, stage: Stage, sources: dict[str, data.Source]) -> No
             )
 
 
+def _check_same_images(sources: dict[str, data.Source]) -> None:
+    """Raises InputError where a process of the run reads others than the first one. Collective."""
+    described = [_describe(source) | ({"name": ""} if source.fingerprint else {}) for source in sources.values()]
+    message = "the images that this process reads are not those of the first one; give all of them the same"
+    hosts.check_same(zlib.crc32(repr(described).encode()), message)
+
+
 def _describe(source: data.Source) -> dict[str, Any]:
     return {
         "name": source.name,
@@ -257,12 +273,13 @@ def _describe(source: data.Source) -> dict[str, Any]:
 def _record_start(run: Run, stage: Stage, sources: dict[str, data.Source], record: Mapping[str, Any] = {}) -> None:
     """The first thing that is written: by now the config, the data and the stages before have been found to fit."""
     facts = stage.facts(run) if stage.facts else {}
-    for line in run_lib.create(run):
-        run_lib.say(f"note: {line}; bit-for-bit equality with the earlier part is not promised")
-    if jax.process_index() == 0:
-        run_lib.write_json(run.folder(stage.name) / "data.json", {**facts, **record})
-        described = {split: _describe(source) for split, source in sources.items()}
-        run_lib.write_json(_record_of_sources(run, stage), described)
+    with hosts.together():
+        for line in run_lib.create(run):
+            run_lib.say(f"note: {line}; bit-for-bit equality with the earlier part is not promised")
+        if hosts.is_first():
+            run_lib.write_json(run.folder(stage.name) / "data.json", {**facts, **record})
+            described = {split: _describe(source) for split, source in sources.items()}
+            run_lib.write_json(_record_of_sources(run, stage), described)
 
 
 def _require(run: Run, stage: Stage) -> None:
