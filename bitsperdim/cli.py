@@ -70,6 +70,7 @@ def train() -> None:
       --chip=NAME               of the plan: does it fit, how long is a step; v3 v4 v5e v5p a100 h100, or its peak
                                 figures as TFLOPS:GIB:GB_PER_SECOND
       --plan_out=FILE           the plan's figures, a JSON line a stage, added to it
+      --deterministic           on GPUs: the same bits in every run, more slowly
       --multihost=HOW           one of several processes that train together: tpu, slurm or HOST:PORT,NUM,ID; README
       --traceback               show where an error comes from
     """
@@ -153,6 +154,7 @@ def _train(argv: list[str]) -> None:
     flags.DEFINE_string("chip", "", "Of the plan.", flag_values=values)
     flags.DEFINE_string("plan_out", "", "File for the plan.", flag_values=values)
     flags.DEFINE_string("multihost", None, "How processes find each other.", flag_values=values)
+    flags.DEFINE_boolean("deterministic", False, "On GPUs.", flag_values=values)
     _parse(values, argv)
     if values.plan is not None:
         if values.multihost is not None:
@@ -162,6 +164,9 @@ def _train(argv: list[str]) -> None:
     for flag in ("chip", "plan_out"):
         if values[flag].value:
             raise InputError(f"--{flag} belongs to a plan; give --plan=DEVICES too")
+    if values.deterministic:
+        # Read by XLA when the first device is touched.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {run_lib.DETERMINISTIC}".strip()
     _join(values)
     trainer.train(values.config, values.workdir or _default_workdir(name), values.stage, values.init_from)
 
@@ -454,7 +459,7 @@ def _script(main: Callable[[list[str]], None], help_text: str | None) -> None:
             raise
         if "--traceback" in sys.argv or not isinstance(explained, RunError):
             traceback.print_exc()
-        else:
+        if isinstance(explained, RunError):
             print(f"error: {explained}", file=sys.stderr)
         hosts.end(explained)
 

@@ -40,6 +40,7 @@ FREE_KEYS = frozenset(
 )
 # What is done with a trained run.
 FREE_SECTIONS = ("mesh", "sampling", "evaluation", "encoding")
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # a flag of XLA
 # Of the section `data`: places on this machine, kept in full so that a run can be used from any folder.
 PATH_KEYS = ("path", "evaluation_path", "data_dir", "cache_dir")
 
@@ -190,9 +191,10 @@ def _note_environment(run: Run) -> list[str]:
         "processes": jax.process_count(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "mesh": config_lib.to_plain(run.config.mesh),
+        "deterministic": DETERMINISTIC in os.environ.get("XLA_FLAGS", ""),
     }
     path = run.workdir / "environment.json"
-    before = read_json(path) if path.exists() else now
+    before = now | read_json(path) if path.exists() else now  # keys that have come since are as they are now
     if hosts.is_first():
         write_json(path, now)
     return [

@@ -1,96 +1,19 @@
 """Real processes on one host are one run: they start, stop, lose one of them, and end as a single one does."""
 
 import json
-import os
-import pathlib
 import re
 import signal
-import socket
-import subprocess
 import sys
-import textwrap
-import threading
 import time
 
 import jax
 import numpy as np
 import pytest
-import toy_family
+from toy_processes import CHANGES, READ_SLOWLY, STEPS, TOY, Processes, lines, wait_for_checkpoint
 
-from bitsperdim import cli, hosts, metrics, trainer
+from bitsperdim import cli, hosts, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
-
-TOY = pathlib.Path(toy_family.__file__).parent
-STEPS = 40
-CHANGES = {"train.steps": STEPS, "train.save_every": 4, "train.evaluate_every": 20, "train.pictures_every": 40}
-
-
-class Processes:
-    """train.py in several processes that find each other; `before` is run in each of them first, `after` at the end."""
-
-    def __init__(self, workdir, count=2, before="", after="", devices=1, config="", changes=None):
-        with socket.socket() as listener:
-            listener.bind(("localhost", 0))
-            port = listener.getsockname()[1]
-        self._lines = [[] for _ in range(count)]
-        body = "from bitsperdim import scripts\nscripts.train()"
-        program = "\n".join(map(textwrap.dedent, (before, body, after)))
-        changes = ({} if config else CHANGES) | (changes or {})
-        flags = [f"--config={config or TOY / 'toy.py'}", f"--workdir={workdir}"]
-        flags += [f"--config.{key}={value}" for key, value in changes.items()]
-        # Compiled as in the process of the tests, so that bits can be compared.
-        xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TOY), *sys.path]), "XLA_FLAGS": xla}
-        self.each = [
-            subprocess.Popen(
-                [sys.executable, "-c", program, *flags, f"--multihost=localhost:{port},{count},{index}"],
-                stderr=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                text=True,
-                env=environment,
-            )
-            for index in range(count)
-        ]
-        self._threads = [
-            threading.Thread(target=lambda i=i: self._lines[i].extend(iter(self.each[i].stderr.readline, "")))
-            for i in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def said(self, index=0):
-        return "".join(self._lines[index])
-
-    def wait_for(self, pattern, index=0, seconds=300):
-        deadline = time.monotonic() + seconds
-        while not re.search(pattern, self.said(index)):
-            assert time.monotonic() < deadline and self.each[index].poll() is None, self.said(index)
-            time.sleep(0.02)
-
-    def codes(self, seconds=300):
-        """The exit codes of all; those that last longer are killed."""
-        deadline = time.monotonic() + seconds
-        try:
-            for process in self.each:
-                process.wait(max(deadline - time.monotonic(), 0.01))
-        finally:
-            for process, thread in zip(self.each, self._threads, strict=True):
-                process.kill()
-                process.wait()
-                thread.join()
-                process.stderr.close()
-        return [process.returncode for process in self.each]
-
-
-# Reading takes a while, so that a signal comes before the end.
-READ_SLOWLY = """
-    import time
-    from bitsperdim import data
-
-    make = data.train_batch
-    data.train_batch = lambda *arguments: (time.sleep(0.05), make(*arguments))[1]
-"""
 
 # What only one of the processes can know.
 LOOK_FIRST = """
@@ -161,22 +84,6 @@ def alone(toy_config, sub_mesh, tmp_path_factory):
     return make
 
 
-def wait_for_checkpoint(workdir, step, seconds=60):
-    """The first one that is committed at this step or later."""
-    deadline = time.monotonic() + seconds
-    while True:
-        found = [int(path.parent.name) for path in workdir.glob("model/checkpoints/*/manifest.json")]
-        if newer := [other for other in found if other >= step]:
-            return min(newer)
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def lines(workdir, name="model"):
-    found = metrics.read(workdir / name / metrics.FILE)
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in found]
-
-
 def test_two_processes_end_with_the_bits_of_one_though_one_is_killed_and_one_is_told_to_stop(
     tmp_path, alone, saved_state, assert_same_bits
 ):
@@ -202,7 +109,7 @@ def test_two_processes_end_with_the_bits_of_one_though_one_is_killed_and_one_is_
         assert "agreed: 7 True False" in first.said(index)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
-    ended = Processes(run, after=EVALUATE)
+    ended = Processes(run, after=EVALUATE, flags=["--deterministic"])  # of GPUs, but XLA must know it here too
     assert ended.codes() == [0, 0], ended.said(0) + ended.said(1)
     assert later <= int(re.search(r"model: going on from step (\d+)", ended.said())[1]) < STEPS
     assert not [line for line in ended.said(1).splitlines() if not line.startswith("[Gloo]")]
@@ -213,6 +120,7 @@ def test_two_processes_end_with_the_bits_of_one_though_one_is_killed_and_one_is_
     assert lines(run) == lines(expected)
     assert json.loads((run / "evaluation.json").read_text()) == measured
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
+    assert "note: deterministic changed from False to True" in ended.said()
     pictures = lambda folder: {path.name: path.read_bytes() for path in (folder / "model/images").glob("rows*")}
     assert pictures(run) == pictures(expected)
 
@@ -323,6 +231,52 @@ def test_a_process_that_hangs_is_given_up_within_a_minute(tmp_path, frozen):
     processes.codes()
     said = processes.said(1 - frozen)
     assert "start all of them again" in said or "another task died" in said
+
+
+# The first process alone commits, so it alone meets the full disk.
+FULL_DISK = """
+    import errno, os
+    from bitsperdim import manifest
+
+    write = manifest.write
+
+    def write_until_full(folder, content):
+        if content.step == 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(folder, content)
+
+    manifest.write = write_until_full
+"""
+# An image that one process alone reads; not in an exchange, so the others cannot be told.
+BAD_IMAGE = """
+    import jax
+    from bitsperdim import data
+    from bitsperdim.errors import InputError
+
+    make = data.train_batch
+
+    def make_until_bad(source, seed, index, *rest):
+        if index == 10 and jax.process_index() == 1:
+            raise InputError("img_0412.jpg is truncated")
+        return make(source, seed, index, *rest)
+
+    data.train_batch = make_until_bad
+"""
+
+
+@pytest.mark.slow
+def test_what_ends_one_process_ends_the_other_with_a_message(tmp_path):
+    full = Processes(tmp_path / "full", before=FULL_DISK)
+    assert full.codes(60) == [2, 2], full.said(0) + full.said(1)
+    for index, whose in enumerate(("", "process 0 of 2: ")):
+        last = full.said(index).splitlines()[-1]
+        assert last.startswith(f"error: {whose}cannot write the checkpoint ") and "No space left on device" in last
+    assert wait_for_checkpoint(tmp_path / "full", 1) == 4
+
+    bad = Processes(tmp_path / "bad", before=BAD_IMAGE)
+    assert bad.codes(60) == [5, 2], bad.said(0) + bad.said(1)
+    assert bad.said(1).splitlines()[-1] == "error: img_0412.jpg is truncated"
+    assert "another one has ended, whose message says why" in bad.said(0)
 
 
 EXTRACT_SLOWLY = """
