@@ -8,7 +8,6 @@ restored (`trained.py`).
 
 import contextlib
 import fcntl
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from bitsperdim import atomic, data, evaluation, hosts, metrics, optim, rng, sharding, warm_start
+from bitsperdim import atomic, data, evaluation, hosts, metrics, optim, rng, seen, sharding, warm_start
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
@@ -28,11 +27,10 @@ from bitsperdim.errors import InputError, Interrupted
 from bitsperdim.model import Model, Stage
 from bitsperdim.observer import Observer
 from bitsperdim.run import Run
+from bitsperdim.seen import check_sources as check_sources
 from bitsperdim.signals import Signals
 from bitsperdim.trained import abstract_state, checkpoints_of, restore
 from bitsperdim.trained import restored_step as restored_step
-
-SPLITS = ("train", "evaluation")
 
 
 def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", init_from: str = "") -> Run:
@@ -64,8 +62,8 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", 
         if all(complete.values()):
             with hosts.together():
                 for stage in chosen:
-                    if _record_of_sources(run, stage).exists():  # not of what extracts, nor of published weights
-                        check_sources(run, stage, _sources(run, stage))
+                    if seen.record(run, stage).exists():
+                        check_sources(run, stage, seen.sources_of(run, stage))
             run_lib.keep_free_keys(run)
             run_lib.say(f"{run.workdir} is complete: nothing left to do")
             return run
@@ -99,9 +97,9 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
     assert stage.model and stage.source and stage.optim and stage.settings
     config, seed, model = stage.settings, run.seed(stage.name), stage.model(run)
     with hosts.together():
-        sources = _sources(run, stage)
+        sources = seen.sources_of(run, stage)
         check_sources(run, stage, sources)
-    _check_same_images(sources)
+    seen.check_same_images(sources)
     like = abstract_state(run, stage, model, mesh)
     _check_best_metric(config, model, like, sources["evaluation"])
     observer = Observer(run, stage, model, sources["evaluation"], mesh, signals.check)
@@ -180,8 +178,8 @@ def evaluate(run: Run, split: str) -> dict[str, Any]:
 def _lacking(run: Run, stage: Stage, split: str) -> str:
     """Why a stage that is measured on what another one extracted has nothing to be measured on; '' where it has."""
     for extraction in map(run.stage, stage.needs):
-        if extraction.extract is not None and split not in SPLITS:
-            return f"'{extraction.name}' has the splits {' and '.join(SPLITS)} only"
+        if extraction.extract is not None and split not in seen.SPLITS:
+            return f"'{extraction.name}' has the splits {' and '.join(seen.SPLITS)} only"
         if extraction.extract is not None and not is_complete(run, extraction):
             return f"{run.folder(extraction.name)} is missing; train.py makes it again"
     return ""
@@ -226,50 +224,6 @@ def _alone(folder: epath.Path) -> Iterator[None]:
         yield
 
 
-def _sources(run: Run, stage: Stage) -> dict[str, data.Source]:
-    """Those that a stage trains on and is measured on."""
-    assert stage.source
-    return {split: stage.source(run, split) for split in SPLITS}
-
-
-def _record_of_sources(run: Run, stage: Stage) -> epath.Path:
-    return run.folder(stage.name) / "sources.json"
-
-
-def check_sources(run: Run, stage: Stage, sources: dict[str, data.Source]) -> None:
-    """Raises InputError where the images are not those that the stage began with."""
-    path = _record_of_sources(run, stage)
-    before = run_lib.read_json(path, {"train": dict, "evaluation": dict}) if path.exists() else {}
-    for split, source in sources.items():
-        now = _describe(source)
-        changed = [key for key in now if split in before and before[split].get(key) != now[key]]
-        # The name of a folder is its place, which may change; what is in it has a fingerprint.
-        if [key for key in changed if key != "name" or not source.fingerprint]:
-            changes = ", ".join(f"{key} {before[split].get(key)} -> {now[key]}" for key in changed)
-            raise InputError(
-                f"the {split} images of {run.folder(stage.name)} have changed since it began ({changes}); "
-                "restore them, or use a new --workdir"
-            )
-
-
-def _check_same_images(sources: dict[str, data.Source]) -> None:
-    """Raises InputError where a process of the run reads others than the first one. Collective."""
-    described = [_describe(source) | ({"name": ""} if source.fingerprint else {}) for source in sources.values()]
-    message = "the images that this process reads are not those of the first one; give all of them the same"
-    hosts.check_same(zlib.crc32(repr(described).encode()), message)
-
-
-def _describe(source: data.Source) -> dict[str, Any]:
-    return {
-        "name": source.name,
-        "size": source.size,
-        "shape": list(source.shape),
-        "levels": source.levels,
-        "class_names": list(source.class_names),
-        "fingerprint": source.fingerprint,
-    }
-
-
 def _record_start(run: Run, stage: Stage, sources: dict[str, data.Source], record: Mapping[str, Any] = {}) -> None:
     """The first thing that is written: by now the config, the data and the stages before have been found to fit."""
     facts = stage.facts(run) if stage.facts else {}
@@ -278,8 +232,7 @@ def _record_start(run: Run, stage: Stage, sources: dict[str, data.Source], recor
             run_lib.say(f"note: {line}; bit-for-bit equality with the earlier part is not promised")
         if hosts.is_first():
             run_lib.write_json(run.folder(stage.name) / "data.json", {**facts, **record})
-            described = {split: _describe(source) for split, source in sources.items()}
-            run_lib.write_json(_record_of_sources(run, stage), described)
+            seen.write(run, stage, sources)
 
 
 def _require(run: Run, stage: Stage) -> None:
