@@ -279,11 +279,12 @@ def _check_batch_size(stage: Stage, mesh: Mesh) -> None:
     if stage.settings is None:
         return
     parts = stage.settings.accumulation
-    micro_batch = stage.settings.batch_size // parts
-    if micro_batch % mesh.size:
+    micro_batch, count = stage.settings.batch_size // parts, sharding.num_batch_shards(mesh)
+    if micro_batch % count:
+        among = f"{count} devices" if count == mesh.size else f"{count} groups of devices (data x fsdp)"
         raise InputError(
             f"{stage.name}.train.batch_size={stage.settings.batch_size} "
-            f"in {parts} part(s) is not divisible by the {mesh.size} devices; use a multiple of {mesh.size * parts}"
+            f"in {parts} part(s) is not divisible by the {among}; use a multiple of {count * parts}"
         )
 
 
