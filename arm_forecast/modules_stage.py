@@ -16,7 +16,7 @@ from jaxtyping import Array, Key, PyTree
 from arm_forecast import facts, gumbel, modules, networks, pictures, pixelcnn, samplers
 from arm_forecast.config import Config
 from arm_forecast.samplers import Sampler
-from bitsperdim import extracted, sharding, trainer
+from bitsperdim import extracted, hosts, sharding, trainer
 from bitsperdim.errors import InputError
 from bitsperdim.model import Aux, Batch, Model, Pictures, Stage
 from bitsperdim.run import Run
@@ -79,7 +79,7 @@ def _extract(run: Run, mesh: Mesh, check_signals: Callable[[], None]) -> None:
         for start in range(writers[split].done, size, chunk):
             check_signals()
             samples = draw(params, _key(run), first_id=_first_ids(run)[split] + start)
-            x = np.asarray(samples.x).reshape(chunk, grid.height, grid.width, grid.channels)
+            x = np.asarray(hosts.local(samples.x)).reshape(chunk, grid.height, grid.width, grid.channels)
             ids = _first_ids(run)[split] + start + np.arange(chunk, dtype=np.int32)
             progress(writers[split].add({"x": x.astype(np.uint8), "id": ids}))
     extracted.commit(run, PAIRS, state, writers, fields)

@@ -8,30 +8,33 @@ is a left-over of a killed run and goes before the next save. No folder is renam
 Not here: when to save, what to do on a signal (`trainer.py`), and what a state holds (`state.py`).
 """
 
+import concurrent.futures
 import logging
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
-from bitsperdim import atomic
+from bitsperdim import atomic, hosts
 from bitsperdim import manifest as manifest_lib
 from bitsperdim.errors import InputError
 from bitsperdim.manifest import Damaged, Manifest
 
 REMEDY = "use the config that it was trained with, or a new --workdir"
-_NONE, _ALL_DAMAGED = -1, -2  # what the first host tells the others when there is no step to restore
+_NONE, _ALL_DAMAGED = -1, -2  # what the first process tells the others when there is no step to restore
+DATA = ("state", "state_again")  # folders of the arrays
+SECONDS_TO_END = 20.0  # of a save, where this process cannot go on
 
 
 class Checkpoints:
@@ -39,8 +42,8 @@ class Checkpoints:
 
     `best` is the name of a metric and whether 'min' or 'max' of it is best, such as ('bits_per_dim', 'min'); metrics
     are stored with each checkpoint, so the best survives a restart. `remedy` ends the message for arrays that are not
-    those that are asked for. With several hosts each calls every method, in the same order, and the folder is on
-    storage that all of them see. Usable as a context manager.
+    those that are asked for. Of several processes each calls every method, in the same order, and the folder is one
+    that all of them see; what is there is what the first one sees. Usable as a context manager.
     """
 
     def __init__(
@@ -75,15 +78,12 @@ class Checkpoints:
         leaves = _by_path(state)
         contents = {path: _describe(leaf) for path, leaf in leaves.items()}
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
-        try:
-            if _is_first_host():
-                self._remove_leftovers()
-            # A committed checkpoint of this step stays whole until the new manifest takes the place of its own.
-            committed = _read(folder)
-            data = "state" if committed is None or committed.data != "state" else "state_again"
-            self._orbax.save(folder / data, args=ocp.args.PyTreeSave(_saved(leaves)))
-        except Exception as error:
-            _raise_explained(error, folder)
+        data = DATA[hosts.from_first(lambda: self._make_room(folder))]
+        with hosts.together():
+            try:
+                self._orbax.save(folder / data, args=ocp.args.PyTreeSave(_saved(leaves)))
+            except Exception as error:
+                _raise_explained(error, folder)
         self._pending = self._thread.submit(self._commit, step, data, metrics, contents)
 
     def restore(self, abstract: PyTree[jax.ShapeDtypeStruct]) -> tuple[int, PyTree[Array]] | None:
@@ -95,7 +95,7 @@ class Checkpoints:
         the arrays are not those that `abstract` asks for.
         """
         self.wait()
-        step = _from_first_host(self._newest_whole)
+        step = hosts.from_first(self._newest_whole)
         if step == _ALL_DAMAGED:
             raise InputError(
                 f"every checkpoint in {self._folder} is damaged; restore a copy of it, or remove it to train the stage "
@@ -108,13 +108,15 @@ class Checkpoints:
     def restore_step(self, step: int, abstract: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
         """The state of one step, as `restore`; InputError where that checkpoint does not exist or is damaged."""
         self.wait()
-        try:
-            manifest_lib.verify(self._path(step))
-        except FileNotFoundError as error:
-            steps = ", ".join(map(str, self.steps())) or "none"
-            raise InputError(f"{self._folder} has no checkpoint of step {step}; there is {steps}") from error
-        except Damaged as damage:
-            raise InputError(f"{damage}; use the checkpoint of another step") from damage
+        with hosts.together():
+            try:
+                if hosts.is_first():
+                    manifest_lib.verify(self._path(step))
+            except FileNotFoundError as error:
+                steps = ", ".join(map(str, self.steps())) or "none"
+                raise InputError(f"{self._folder} has no checkpoint of step {step}; there is {steps}") from error
+            except Damaged as damage:
+                raise InputError(f"{damage}; use the checkpoint of another step") from damage
         return self._load(step, abstract)
 
     def check_step(self, step: int, abstract: PyTree[jax.ShapeDtypeStruct]) -> None:
@@ -132,28 +134,26 @@ class Checkpoints:
 
     def newest_whole(self) -> int:
         """The newest step whose files are as they were written, 0 where there is none; names damage on stderr."""
-        return max(_from_first_host(self._newest_whole), 0)
+        return max(hosts.from_first(self._newest_whole), 0)
 
     def best_step(self) -> int | None:
         """The step with the best metric, the earliest of equals; None where no whole checkpoint has a finite one."""
         if self._best is None:
             return None
-        name, direction = self._best
-        manifests = {step: _read(self._path(step)) for step in self.steps()}
-        values = {step: found.metrics.get(name, math.nan) for step, found in manifests.items() if found is not None}
-        finite = {step: value for step, value in values.items() if math.isfinite(value)}
-        return (min if direction == "min" else max)(finite, key=lambda step: finite[step], default=None)
+        step = hosts.from_first(lambda: _NONE if (best := self._best_step()) is None else best)
+        return None if step == _NONE else step
+
+    def newest(self) -> int:
+        """The newest committed step, 0 where there is none. Collective, as everything but `steps` and `check_step`."""
+        return hosts.from_first(lambda: max(self.steps(), default=0))
 
     def wait(self) -> None:
         """Returns once no save is under way, on any host; raises what the last one met."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        error = pending.exception()
-        if jax.process_count() > 1:  # before raising: the other hosts wait here too
-            multihost_utils.sync_global_devices("checkpoint committed")
-        if error is not None:
-            raise error
+        with hosts.together():
+            pending.result()
 
     def close(self) -> None:
         """Waits, then ends the thread."""
@@ -166,15 +166,21 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None or hosts.is_of_all(error):
+            self.close()
+            return
+        # The other processes are elsewhere, or gone: a save under way may end, but not by waiting for them.
+        if self._pending is not None:
+            concurrent.futures.wait([self._pending], SECONDS_TO_END)
+        self._thread.shutdown(wait=False)
 
     def _commit(self, step: int, data: str, metrics: dict[str, float], contents: dict[str, str]) -> None:
-        """In the thread: waits for Orbax, then hashes, commits and tidies up, on the first host."""
+        """In the thread: waits for Orbax, then hashes, commits and tidies up, in the first process."""
         folder = self._path(step)
         try:
             self._orbax.wait_until_finished()
-            if _is_first_host():
+            if hosts.is_first():
                 files = manifest_lib.hash_files(folder / data)
                 manifest_lib.write(folder, Manifest(step, data, metrics, contents, files))
                 self._remove_old(step)
@@ -184,13 +190,31 @@ class Checkpoints:
     def _remove_old(self, newest: int) -> None:
         """Removes what need not be kept now that `newest` is committed, and what `restore` found damaged."""
         whole = [step for step in self.steps() if step not in self._damaged or step == newest]
-        kept = {newest, self.best_step(), *whole[-self._keep :]}
+        kept = {newest, self._best_step(), *whole[-self._keep :]}
         for step in self.steps():
             if step not in kept:
                 # The manifest first: half a removed checkpoint must not look like a whole one.
                 (self._path(step) / manifest_lib.FILE).unlink()
                 self._path(step).rmtree()
         self._damaged.clear()
+
+    def _best_step(self) -> int | None:
+        if self._best is None:
+            return None
+        name, direction = self._best
+        manifests = {step: _read(self._path(step)) for step in self.steps()}
+        values = {step: found.metrics.get(name, math.nan) for step, found in manifests.items() if found is not None}
+        finite = {step: value for step, value in values.items() if math.isfinite(value)}
+        return (min if direction == "min" else max)(finite, key=lambda step: finite[step], default=None)
+
+    def _make_room(self, folder: epath.Path) -> int:
+        """Which of `DATA` the arrays go to: a committed checkpoint of this step stays whole until the new one is."""
+        try:
+            self._remove_leftovers()
+        except OSError as error:
+            _raise_explained(error, folder)
+        committed = _read(folder)
+        return int(committed is not None and committed.data == DATA[0])
 
     def _remove_leftovers(self) -> None:
         """Removes what saves and removals that were killed have left behind. No save may be under way."""
@@ -217,7 +241,10 @@ class Checkpoints:
 
     def _load(self, step: int, abstract: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
         """Reads a verified checkpoint."""
-        committed = manifest_lib.read(self._path(step))
+        with hosts.together():
+            committed = manifest_lib.read(self._path(step))
+        what = f"{self._path(step)} is not what the first process has there; all must see the same run folder"
+        hosts.check_same(zlib.crc32(repr(committed).encode()), what)
         wanted = _by_path(jax.tree.map(_placed, abstract))
         _check_contents(committed.arrays, wanted, self._path(step), self._remedy)
         stored = _saved(wanted)
@@ -292,16 +319,6 @@ def _raise_explained(error: Exception, folder: epath.Path) -> NoReturn:
         f"cannot write the checkpoint {folder}: {os.strerror(code)}; make room there or use another --workdir "
         "(the checkpoints before it are whole)"
     ) from error
-
-
-def _is_first_host() -> bool:
-    return jax.process_index() == 0
-
-
-def _from_first_host(function: Callable[[], int]) -> int:
-    """The first host's value on every host: hosts that restored different steps would go on from a mixture of them."""
-    value = function() if _is_first_host() else 0
-    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def _absolute(folder: epath.Path) -> epath.Path:

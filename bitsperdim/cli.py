@@ -1,6 +1,7 @@
 """The command line: flags, and exit codes. The scripts call it through `scripts.py`.
 
-Exit codes: 0 done, 2 bad input, 3 stopped by a signal and saved, 4 training stayed non-finite; 1 is a defect of ours.
+Exit codes: 0 done, 2 bad input, 3 stopped by a signal and saved, 4 training stayed non-finite, 5 another process of the
+run has ended; 1 is a defect of ours.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from bitsperdim import (
     decoding,
     evaluation,
     flag_values,
+    hosts,
     images,
     metrics,
     neighbours,
@@ -71,6 +73,8 @@ def train() -> None:
       --chip=NAME               of the plan: does it fit, how long is a step; v3 v4 v5e v5p a100 h100, or its peak
                                 figures as TFLOPS:GIB:GB_PER_SECOND
       --plan_out=FILE           the plan's figures, a JSON line a stage, added to it
+      --deterministic           on GPUs: the same bits in every run, more slowly
+      --multihost=HOW           one of several processes that train together: tpu, slurm or HOST:PORT,NUM,ID; README
       --traceback               show where an error comes from
     """
     _script(_train, train.__doc__)
@@ -88,6 +92,7 @@ def evaluate() -> None:
       --samples=K               of the importance-weighted bound, where the family has one (flows, vdvae)
       --out=FOLDER              for these files; default the run's folder
       --config.data.KEY=FOLDER  where the data are now; KEY is path, evaluation_path, data_dir or cache_dir
+      --multihost=HOW           one of several processes that measure together, as for train.py
       --traceback               show where an error comes from
     """
     _script(_evaluate, evaluate.__doc__)
@@ -156,14 +161,27 @@ def _train(argv: list[str]) -> None:
     flags.DEFINE_integer("plan", None, "Devices to plan for.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("chip", "", "Of the plan.", flag_values=values)
     flags.DEFINE_string("plan_out", "", "File for the plan.", flag_values=values)
+    flags.DEFINE_string("multihost", None, "How processes find each other.", flag_values=values)
+    flags.DEFINE_boolean("deterministic", False, "On GPUs.", flag_values=values)
     _parse(values, argv)
     if values.plan is not None:
+        if values.multihost is not None:
+            raise InputError("--multihost means nothing beside --plan, which needs one process for any mesh")
         plan.write(values.config, values.plan, values.chip, values.stage, values.plan_out)
         return
     for flag in ("chip", "plan_out"):
         if values[flag].value:
             raise InputError(f"--{flag} belongs to a plan; give --plan=DEVICES too")
+    if values.deterministic:
+        # Read by XLA when the first device is touched.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {run_lib.DETERMINISTIC}".strip()
+    _join(values)
     trainer.train(values.config, values.workdir or _default_workdir(name), values.stage, values.init_from)
+
+
+def _join(values: flags.FlagValues) -> None:
+    if values.multihost is not None:
+        hosts.join(values.multihost)
 
 
 def _define_config(values: flags.FlagValues, config: ConfigDict, argv: list[str]) -> None:
@@ -179,12 +197,19 @@ def _evaluate(argv: list[str]) -> None:
     flags.DEFINE_string("split", "evaluation", "Split to measure on.", flag_values=values)
     flags.DEFINE_string("out", "", "Folder for the figures; default the run folder.", flag_values=values)
     flags.DEFINE_integer("samples", None, "Of the importance-weighted bound.", flag_values=values)
+    flags.DEFINE_string("multihost", None, "How processes find each other.", flag_values=values)
     run, folder = _parse_and_open(values, argv)
     if values.samples is not None:
         run = run_lib.with_evaluation(run, samples=values.samples)
     measured = trainer.evaluate(run, values.split)
+    with hosts.together():
+        if hosts.is_first():
+            _write_evaluation(measured, values.split, folder)
+
+
+def _write_evaluation(measured: dict[str, Any], split: str, folder: epath.Path) -> None:
     print(metrics.table(list(config_lib.flatten(measured)), ("figure", "value")))
-    path = folder / evaluation.file_name(values.split)
+    path = folder / evaluation.file_name(split)
     with _writing_to(folder):
         run_lib.write_json(path, measured)
     if rows := evaluation.side_by_side(folder):
@@ -399,11 +424,15 @@ def _parse_and_open(values: flags.FlagValues, argv: list[str]) -> tuple[Run, epa
     for key in run_lib.PATH_KEYS:
         flags.DEFINE_string(f"config.data.{key}", None, "Where the data are now.", flag_values=values)
     _parse(values, argv)
+    if "multihost" in values:
+        _join(values)
     given = {key: values[f"config.data.{key}"].value for key in run_lib.PATH_KEYS}
     paths = {key: path for key, path in given.items() if path is not None}
-    run = run_lib.open_run(_required(values, "workdir"), paths)
-    folder = run_lib.place(values.out) if values.out else run.workdir
-    _check_writable(folder)
+    with hosts.together():
+        run = run_lib.open_run(_required(values, "workdir"), paths)
+        folder = run_lib.place(values.out) if values.out else run.workdir
+        if hosts.is_first():
+            _check_writable(folder)
     return run, folder
 
 
@@ -440,16 +469,26 @@ def _script(main: Callable[[list[str]], None], help_text: str | None) -> None:
         main(argv)
     except BrokenPipeError:  # of `| head`: who read our lines has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (RunError, OSError) as error:
-        if isinstance(error, OSError):
-            if error.errno not in REMEDIES:
-                raise
-            where = f" for {error.filename}" if error.filename else ""
-            error = InputError(f"{error.strerror}{where}; {REMEDIES[error.errno]}")
-        if "--traceback" in sys.argv:
+    except (Exception, KeyboardInterrupt) as error:
+        explained = _explained(error)
+        if not isinstance(explained, RunError) and not hosts.are_several():
+            raise
+        if "--traceback" in sys.argv or not isinstance(explained, RunError):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        if isinstance(explained, RunError):
+            print(f"error: {explained}", file=sys.stderr)
+        hosts.end(explained)
+
+
+def _explained(error: BaseException) -> BaseException:
+    """As an error of the user's, where it is one: of the file system, or of another process of the run."""
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        where = f" for {error.filename}" if error.filename else ""
+        explained = InputError(f"{error.strerror}{where}; {REMEDIES[error.errno]}")
+    else:
+        explained = hosts.explained(error)
+    explained.is_of_all = hosts.is_of_all(error)  # pyright: ignore[reportAttributeAccessIssue]
+    return explained
 
 
 def _use_compilation_cache() -> None:

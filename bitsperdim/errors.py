@@ -1,4 +1,4 @@
-"""The three ways a run can end early, each with the exit code of the scripts.
+"""The four ways a run can end early, each with the exit code of the scripts.
 
 The scripts print these as one message without a traceback; anything else is a defect of ours and keeps its traceback.
 """
@@ -8,6 +8,7 @@ class RunError(Exception):
     """Base of the errors that the scripts turn into a message and an exit code."""
 
     exit_code = 1
+    is_of_all = False  # do all processes of the run end with it?
 
 
 class InputError(RunError):
@@ -26,3 +27,10 @@ class NonFiniteError(RunError):
     """The loss or its gradients stayed non-finite; the last finite state is in the checkpoints."""
 
     exit_code = 4
+    is_of_all = True  # all of them see the same loss
+
+
+class LostError(RunError):
+    """Another process of the run has ended, and this one cannot go on alone; the last checkpoint is whole."""
+
+    exit_code = 5

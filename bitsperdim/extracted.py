@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from bitsperdim import atomic, cache, data, manifest, records, sharding, trainer
+from bitsperdim import atomic, cache, data, hosts, manifest, records, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.model import Batch
@@ -95,23 +94,28 @@ def begin(
     folder = run.folder(extraction.name)
     now = {"fingerprint": fingerprint(state), "step": int(state["step"]), "batch_size": batch_size}
     now |= {"settings": dict(extraction.settings)} if extraction.settings else {}
-    if jax.process_index() == 0:
-        path = folder / "unfinished.json"
-        before = run_lib.read_json(path) if path.exists() else None
-        if before != now:
-            if before is not None:
-                others = " or with other settings" if extraction.settings else ""
-                run_lib.say(
-                    f"{extraction.name}: begins anew, for its first part was made by another {extraction.of}{others}"
-                )
-            with _explained(folder):
-                if folder.exists():
-                    folder.rmtree()
-                run_lib.write_json(path, now)
+    with hosts.together():
+        if hosts.is_first():
+            _clear_unless(now, folder, extraction)
     return {
         split: Writer(folder, extraction.name, split, records.lengths(size, batch_size, fields), fields)
         for split, size in sizes.items()
     }
+
+
+def _clear_unless(now: dict[str, Any], folder: epath.Path, extraction: Extraction) -> None:
+    """Makes the folder anew where what is in it was not begun with the model and settings of `now`."""
+    path = folder / "unfinished.json"
+    before = run_lib.read_json(path) if path.exists() else None
+    if before == now:
+        return
+    if before is not None:
+        others = " or with other settings" if extraction.settings else ""
+        run_lib.say(f"{extraction.name}: begins anew, for its first part was made by another {extraction.of}{others}")
+    with _explained(folder):
+        if folder.exists():
+            folder.rmtree()
+        run_lib.write_json(path, now)
 
 
 def commit(
@@ -123,8 +127,6 @@ def commit(
     about: Mapping[str, Any] = {},
 ) -> None:
     """Declares the extraction complete, made with the weights of `state` (`step`, `ema`, `extra`)."""
-    if jax.process_index() > 0:
-        return
     folder, made_by = run.folder(extraction.name), fingerprint(state)
     text = f"Made by the stage '{extraction.of}' at step {int(state['step'])}, fingerprint {made_by}."
     shard_lengths = {split: writer.lengths for split, writer in writers.items()}
@@ -136,15 +138,16 @@ def commit(
         "about": dict(about),
         "fields": {name: [dtype.base.name, list(dtype.shape)] for name, dtype in sorted(fields.items())},
         "shard_lengths": shard_lengths,
-        "files": {
-            split: {name: manifest.hash_file(folder / name, flush=True) for name in writer.names}
-            for split, writer in writers.items()
-        },
     }
-    with _explained(folder):
-        records.describe(folder, extraction.name, text, fields, shard_lengths)
-        run_lib.write_json(folder / "info.json", info)
-        (folder / "unfinished.json").unlink()
+    with hosts.together(), _explained(folder):
+        if hosts.is_first():
+            info["files"] = {
+                split: {name: manifest.hash_file(folder / name, flush=True) for name in writer.names}
+                for split, writer in writers.items()
+            }
+            records.describe(folder, extraction.name, text, fields, shard_lengths)
+            run_lib.write_json(folder / "info.json", info)
+            (folder / "unfinished.json").unlink()
 
 
 def is_extracted(run: Run, extraction: Extraction) -> bool:
@@ -210,7 +213,8 @@ def source_state(run: Run, extraction: Extraction, mesh: Mesh) -> PyTree:
 def fingerprint(state: PyTree) -> str:
     """sha256 of the Polyak weights and of what stands beside them: what decides an extraction."""
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path({"ema": state["ema"], "extra": state["extra"]}):
+    whole = hosts.local({"ema": state["ema"], "extra": state["extra"]})
+    for path, leaf in jax.tree_util.tree_leaves_with_path(whole):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
     return digest.hexdigest()
@@ -276,9 +280,8 @@ class Writer:
     def __init__(self, folder: epath.Path, name: str, split: str, lengths: list[int], fields: records.Fields) -> None:
         self.lengths, self._folder, self._fields = lengths, folder, fields
         self.names = [records.shard_name(name, split, index, len(lengths)) for index in range(len(lengths))]
-        present = next((i for i, file in enumerate(self.names) if not (folder / file).exists()), len(lengths))
-        if jax.process_count() > 1:  # what the others see may be older
-            present = int(multihost_utils.broadcast_one_to_all(np.int32(present)))
+        missing = lambda: (i for i, file in enumerate(self.names) if not (folder / file).exists())
+        present = hosts.from_first(lambda: next(missing(), len(lengths)))
         self._next = present
         self.done = sum(lengths[:present])
         self._rows: list[dict[str, np.ndarray]] = []
@@ -297,8 +300,8 @@ class Writer:
         rows = {name: np.concatenate([batch[name] for batch in self._rows]) for name in self._fields}
         path = self._folder / self.names[self._next]
         self._next, self._rows = self._next + 1, []
-        if jax.process_index() == 0:
-            with _explained(path):
+        with hosts.together(), _explained(path):
+            if hosts.is_first():
                 atomic.write_bytes(path, records.shard(rows, self._fields))
 
 

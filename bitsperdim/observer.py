@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from bitsperdim import evaluation, images, metrics, plots, rng
+from bitsperdim import evaluation, hosts, images, metrics, plots, rng
 from bitsperdim import run as run_lib
 from bitsperdim import step as step_lib
 from bitsperdim.errors import NonFiniteError
@@ -39,7 +39,7 @@ class Observer:
         self._remarks = lambda step, figures: stage.remarks(run, step, figures)
         self._source = source
         self._check_signals = check_signals
-        self._pictures = stage.pictures(run, mesh)
+        self._pictures = stage.pictures(run, hosts.local_mesh(mesh))
         self._key = rng.for_purpose(jax.random.key(run.seed(stage.name)), "evaluation")
         self._measure = evaluation.compiled(model, mesh)
         self._writer: metrics.Writer | None = None
@@ -51,7 +51,7 @@ class Observer:
 
     def open(self, start: int) -> None:
         """Makes the stage's metrics file, or goes on with it after step `start`."""
-        if jax.process_index() == 0:
+        if hosts.is_first():
             self._writer = metrics.Writer(self._folder, start, self._config.tensorboard)
         self._profile(start)
 
@@ -59,8 +59,9 @@ class Observer:
         """The evaluation and pictures of step `start`, where a signal kept the last start from making them."""
         if start == 0 or not self._evaluates(start):
             return {}
-        lines = metrics.read(self._folder / metrics.FILE)
-        is_there = any(line["step"] == start and line.get("kind") == "evaluation" for line in lines)
+        lines = lambda: metrics.read(self._folder / metrics.FILE)
+        is_of_start = lambda line: line["step"] == start and line.get("kind") == "evaluation"
+        is_there = hosts.from_first(lambda: any(map(is_of_start, lines())))
         return {} if is_there else self._look(start, state)
 
     def after_step(self, done: int, state: PyTree, report: step_lib.Report) -> dict[str, float]:
@@ -138,9 +139,8 @@ class Observer:
             )
 
     def _evaluate(self, done: int, state: PyTree) -> dict[str, float]:
-        # The last one is made in full, since a complete stage is not started again. Several hosts would not see a
-        # signal after the same batch.
-        may_stop = done < self._config.steps and jax.process_count() == 1
+        # The last one is made in full, since a complete stage is not started again.
+        may_stop = done < self._config.steps
         figures = evaluation.evaluate(
             self._model,
             self._measure,
@@ -162,14 +162,14 @@ class Observer:
         return figures
 
     def _draw(self, done: int, state: PyTree) -> None:
-        for name, picture in self._pictures(state["ema"], state["extra"], self._key).items():
-            if jax.process_index() == 0:
-                images.save_png(self._folder / "images" / f"{name}-{done:08d}.png", picture)
-
-        if jax.process_index() == 0:
-            images.save_png(
-                self._folder / "images" / "curves.png", plots.curves(metrics.read(self._folder / metrics.FILE))
-            )
+        """In the first process, on its first device where there are several."""
+        params, extra = hosts.local((state["ema"], state["extra"]))
+        with hosts.together():
+            if hosts.is_first():
+                folder = self._folder / "images"
+                for name, picture in self._pictures(params, extra, self._key).items():
+                    images.save_png(folder / f"{name}-{done:08d}.png", picture)
+                images.save_png(folder / "curves.png", plots.curves(metrics.read(self._folder / metrics.FILE)))
 
     def _profile(self, done: int, report: step_lib.Report | None = None) -> None:
         """Starts and ends the trace of the steps that were asked for."""

@@ -196,14 +196,15 @@ def lines(record: Mapping[str, Any], kind: Chip | None, name: str) -> list[str]:
 
 def _fit(record: Mapping[str, Any], memory: float) -> list[str]:
     """Whether it fits, and what would make it."""
-    held, count = record["bytes"], math.prod(record["devices"].values())
+    held, devices = record["bytes"], record["devices"]
+    count = math.prod(devices.values()) // devices.get("model", 1)  # of those that share a batch
     total, parts = sum(held.values()), record["accumulation"]
     state = total - held["temporary"] - held["batch"]
     if total <= memory:
         return [f"fits: {_size(total)} of {_size(memory)} usable"]
     found = [f"does NOT fit: {_size(total)} of {_size(memory)} usable"]
-    whole = state * record["devices"]["fsdp"]
-    shards = [n for n in range(record["devices"]["fsdp"] + 1, count + 1) if count % n == 0]
+    whole = state * devices["fsdp"]
+    shards = [n for n in range(devices["fsdp"] + 1, count + 1) if count % n == 0]
     fitting = [n for n in shards if whole / n + held["temporary"] + held["batch"] <= memory]
     if state > memory / 2 and shards:
         found.append(f"the state is {_size(state)}: try --config.mesh.fsdp={(fitting or shards[-1:])[0]}")

@@ -24,7 +24,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from bitsperdim import atomic, optim
+from bitsperdim import atomic, hosts, optim
 from bitsperdim import config as config_lib
 from bitsperdim.errors import InputError
 from bitsperdim.model import Stage
@@ -40,6 +40,7 @@ FREE_KEYS = frozenset(
 )
 # What is done with a trained run.
 FREE_SECTIONS = ("mesh", "sampling", "evaluation", "encoding")
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # a flag of XLA
 # Of the section `data`: places on this machine, kept in full so that a run can be used from any folder.
 PATH_KEYS = ("path", "evaluation_path", "data_dir", "cache_dir")
 
@@ -114,11 +115,19 @@ def check(workdir: str | os.PathLike[str], values: ConfigDict | Mapping[str, Any
     return run
 
 
+def check_same_config(run: Run) -> None:
+    """Raises `InputError` where this process was given another config than the first one. Collective."""
+    values = config_lib.to_plain(run.config)
+    values["data"] = {key: value for key, value in values["data"].items() if key not in PATH_KEYS}
+    message = "this process was given another config than the first one; all take the same flags"
+    hosts.check_same(zlib.crc32(json.dumps(values, sort_keys=True).encode()), message)
+
+
 def create(run: Run) -> list[str]:
     """Writes the run's config and environment; returns a line for each thing that changed since the last start."""
     try:
-        run.workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
+        if hosts.is_first():
+            run.workdir.mkdir(parents=True, exist_ok=True)
             write_json(run.workdir / "config.json", config_lib.to_plain(run.config))
         return _note_environment(run)
     except OSError as error:
@@ -129,7 +138,7 @@ def keep_free_keys(run: Run) -> None:
     """Writes the config of a complete run where free keys have other values, such as those of `sampling`."""
     path = run.workdir / "config.json"
     now = config_lib.to_plain(run.config)
-    if jax.process_index() == 0 and read_json(path) != now:
+    if hosts.is_first() and read_json(path) != now:
         write_json(path, now)
 
 
@@ -182,10 +191,11 @@ def _note_environment(run: Run) -> list[str]:
         "processes": jax.process_count(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "mesh": config_lib.to_plain(run.config.mesh),
+        "deterministic": DETERMINISTIC in os.environ.get("XLA_FLAGS", ""),
     }
     path = run.workdir / "environment.json"
-    before = read_json(path) if path.exists() else now
-    if jax.process_index() == 0:
+    before = now | read_json(path) if path.exists() else now  # keys that have come since are as they are now
+    if hosts.is_first():
         write_json(path, now)
     return [
         f"{key} changed from {before.get(key)} to {value}" for key, value in now.items() if before.get(key) != value
@@ -291,8 +301,8 @@ def write_json(path: epath.Path, values: Any) -> None:
 
 
 def stream() -> TextIO:
-    """Where a run speaks to people: stderr of the first host; the others write into the void."""
-    return sys.stderr if jax.process_index() == 0 else io.StringIO()
+    """Where a run speaks to people: stderr of the first process; the others write into the void."""
+    return sys.stderr if hosts.is_first() else io.StringIO()
 
 
 def say(line: str) -> None:

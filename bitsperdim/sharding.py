@@ -7,8 +7,10 @@ collectives. The same config runs on any number of devices, only `mesh` changes.
 import contextlib
 import contextvars
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from jaxtyping import PyTree
 
 from bitsperdim.errors import InputError
 
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
 _PLANNED: contextvars.ContextVar[str] = contextvars.ContextVar("planned", default="")
 
 
@@ -41,11 +44,17 @@ class MeshConfig:
 
     A rule is (regex, axes): the first regex found in a parameter's path decides, and `axes` names a mesh axis, or ''
     for none, for each of the *last* dimensions. A dimension that the axis does not divide stays whole.
+
+    The batch lies over `data` and `fsdp`. What `rules` shard is gathered before it is used; what `model_rules` shard
+    over `model` is used as it lies, each device computing its part of a layer's outputs, which are then sent around:
+    for models, or batches, that the other two cannot spread far enough.
     """
 
     data: int = -1
     fsdp: int = 1
-    rules: tuple[tuple[str, tuple[str, ...]], ...] = (("(kernel|table)$", ("fsdp",)),)
+    model: int = 1
+    rules: Rules = (("(kernel|table)$", ("fsdp",)),)
+    model_rules: Rules = (("kernel$", ("model",)),)
 
     def __post_init__(self) -> None:
         for name in ("data", "fsdp"):
@@ -54,29 +63,40 @@ class MeshConfig:
                 raise ValueError(f"{name} must be a number of devices or -1 (all that remain), not {size}")
         if self.data == self.fsdp == -1:
             raise ValueError("data and fsdp must not both be -1")
-        for pattern, axes in self.rules:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"rules must begin with regular expressions, not {pattern!r} ({error})") from error
-            if unknown := set(axes) - {"", "data", "fsdp"}:
-                raise ValueError(
-                    f"rules must name the axes 'data', 'fsdp' or '', not {sorted(unknown)} for {pattern!r}"
-                )
+        if self.model < 1:
+            raise ValueError(f"model must be a number of devices, not {self.model}")
+        _check_rules("rules", self.rules, ("data", "fsdp", ""))
+        _check_rules("model_rules", self.model_rules, ("model", ""))
+
+
+def _check_rules(name: str, rules: Rules, known: tuple[str, ...]) -> None:
+    for pattern, axes in rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name} must begin with regular expressions, not {pattern!r} ({error})") from error
+        if unknown := set(axes) - set(known):
+            axes = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+            raise ValueError(f"{name} must name the axes {axes}, not {sorted(unknown)} for {pattern!r}")
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh (data, fsdp) over all devices; `InputError` when the sizes do not fit their number."""
+    """The mesh (data, fsdp) over all devices, with a third axis where `model` is above 1.
+
+    `InputError` when the sizes do not fit the number of devices.
+    """
     count = jax.device_count()
-    fixed = max(config.data, 1) * max(config.fsdp, 1)
-    sizes = tuple(count // fixed if size == -1 else size for size in (config.data, config.fsdp))
-    if sizes[0] * sizes[1] != count:
+    fixed = max(config.data, 1) * max(config.fsdp, 1) * config.model
+    sizes = tuple(count // fixed if size == -1 else size for size in (config.data, config.fsdp, config.model))
+    if math.prod(sizes) != count:
+        third = f" x mesh.model={config.model}" if config.model > 1 else ""
         raise InputError(
-            f"mesh.data={config.data} x mesh.fsdp={config.fsdp} does not use the {count} devices present; "
+            f"mesh.data={config.data} x mesh.fsdp={config.fsdp}{third} does not use the {count} devices present; "
             f"set --config.mesh.data=-1 or sizes whose product is {count}"
         )
+    names = ("data", "fsdp", "model")[: 3 if config.model > 1 else 2]
     # Explicit axes, the default of make_mesh, fail in gathers and space-to-depth reshapes.
-    return jax.make_mesh(sizes, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return jax.make_mesh(sizes[: len(names)], names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def mesh_at_hand(config: MeshConfig) -> Mesh:
@@ -91,13 +111,18 @@ def mesh_at_hand(config: MeshConfig) -> Mesh:
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-    """Examples over every device: the leading axis over data x fsdp."""
+    """Examples over the devices: the leading axis over data x fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def num_batch_shards(mesh: Mesh) -> int:
+    """Among how many devices, or groups of them that share a model, a batch is divided."""
+    return mesh.size // mesh.shape.get("model", 1)
+
+
 def whole_batch(batch_size: int, mesh: Mesh) -> int:
-    """The batch size rounded up to a multiple of the devices, for work that pads its last batch anyway."""
-    return -(-batch_size // mesh.size) * mesh.size
+    """The batch size rounded up to what can be divided, for work that pads its last batch anyway."""
+    return -(-batch_size // num_batch_shards(mesh)) * num_batch_shards(mesh)
 
 
 def in_batches(function: Callable[[PyTree], PyTree], rows: PyTree, mesh: Mesh, size: int) -> PyTree:
@@ -117,6 +142,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def in_use(place: NamedSharding) -> NamedSharding:
+    """Where a parameter that lies at `place` is while it is used: gathered, but for the axis `model`."""
+    axes = [tuple(axis for axis in _names(of_dimension) if axis == "model") for of_dimension in place.spec]
+    return NamedSharding(place.mesh, PartitionSpec(*axes))
+
+
+def _names(of_dimension: Any) -> tuple[str, ...]:
+    return of_dimension if isinstance(of_dimension, tuple) else (of_dimension,) if of_dimension else ()
+
+
 def for_state(state: PyTree, config: MeshConfig, mesh: Mesh) -> PyTree:
     """A sharding for every array of an (abstract) train state.
 
@@ -126,11 +161,15 @@ def for_state(state: PyTree, config: MeshConfig, mesh: Mesh) -> PyTree:
 
     def place(path, leaf) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        axes = next((axes for pattern, axes in config.rules if re.search(pattern, name)), ())
-        axes = axes[max(len(axes) - leaf.ndim, 0) :]
-        spec: list[str | None] = [None] * (leaf.ndim - len(axes))
-        for axis, size in zip(axes, leaf.shape[leaf.ndim - len(axes) :], strict=True):
-            spec.append(axis if axis and size % mesh.shape[axis] == 0 else None)
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        chosen: list[tuple[str, ...]] = [()] * leaf.ndim
+        # `model` first: what is left of a dimension where it is gathered over `fsdp` is then one piece.
+        for rules in (config.model_rules, config.rules):
+            axes = next((axes for pattern, axes in rules if re.search(pattern, name)), ())
+            for i, axis in zip(range(leaf.ndim - 1, -1, -1), reversed(axes), strict=False):
+                pieces = math.prod(mesh.shape[other] for other in (*chosen[i], axis) if other in mesh.shape)
+                if axis in mesh.shape and leaf.shape[i] % pieces == 0:
+                    chosen[i] += (axis,)
+        # One axis by its name, which is how an array tells its place.
+        return NamedSharding(mesh, PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in chosen)))
 
     return jax.tree_util.tree_map_with_path(place, state)

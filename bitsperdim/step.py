@@ -134,14 +134,15 @@ def _gradients(
 
     The compiler is told what FSDP is, for left to itself it keeps the sum of the micro-batches whole on every device,
     and sends activations around instead of weights, a hundred times as much: weights are gathered whole before they
-    are used, and gradients live where their parameters do.
+    are used (but for the axis `model`, over which they are used as they lie), and gradients live where their
+    parameters do.
     """
     value_and_grad = jax.value_and_grad(model.loss, has_aux=True)
-    everywhere = jax.tree.map(lambda place: sharding.replicated(place.mesh), places)
+    in_use = jax.tree.map(sharding.in_use, places)
 
     def of(micro: Batch) -> tuple[Array, Aux, PyTree]:
         # Also in every micro-batch, of which the compiler then gathers for the first.
-        whole = jax.lax.with_sharding_constraint(state["params"], everywhere)
+        whole = jax.lax.with_sharding_constraint(state["params"], in_use)
         (objective, aux), gradients = value_and_grad(whole, state["extra"], micro, key, state["step"])
         gradients = jax.tree.map(lambda leaf: leaf / accumulation, gradients)
         return objective / accumulation, aux, jax.lax.with_sharding_constraint(gradients, places)

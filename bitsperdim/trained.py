@@ -41,7 +41,7 @@ def restore(run: Run, name: str, mesh: Mesh) -> tuple[Model, PyTree]:
     stage = run.stage(name)
     assert stage.model is not None
     with checkpoints_of(run, stage) as checkpoints:
-        if not checkpoints.steps():
+        if not checkpoints.newest():
             raise InputError(f"stage '{name}' of {run.workdir} has no checkpoint yet; train it first")
         model = stage.model(run)
         like = abstract_state(run, stage, model, mesh)
@@ -65,4 +65,4 @@ def best_or_last(checkpoints: Checkpoints, like: PyTree) -> tuple[int, PyTree]:
 def restored_step(run: Run, name: str) -> int:
     """The step that `restore` gives, as far as it can be told without reading it; 0 where there is none."""
     with checkpoints_of(run, run.stage(name)) as checkpoints:
-        return checkpoints.best_step() or max(checkpoints.steps(), default=0)
+        return checkpoints.best_step() or checkpoints.newest()

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from bitsperdim import atomic, data, evaluation, metrics, optim, rng, sharding, warm_start
+from bitsperdim import atomic, data, evaluation, hosts, metrics, optim, rng, seen, sharding, warm_start
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
@@ -27,11 +27,10 @@ from bitsperdim.errors import InputError, Interrupted
 from bitsperdim.model import Model, Stage
 from bitsperdim.observer import Observer
 from bitsperdim.run import Run
+from bitsperdim.seen import check_sources as check_sources
 from bitsperdim.signals import Signals
 from bitsperdim.trained import abstract_state, checkpoints_of, restore
 from bitsperdim.trained import restored_step as restored_step
-
-SPLITS = ("train", "evaluation")
 
 
 def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", init_from: str = "") -> Run:
@@ -42,29 +41,33 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", 
 
     The same call again goes on where the last one stopped, bit for bit. Raises `InputError` before anything is written
     when the config, the data or the folder do not fit, `Interrupted` after a signal (`KeyboardInterrupt` where there is
-    nothing to save), `NonFiniteError`.
+    nothing to save), `NonFiniteError`. Of several processes (`hosts.py`) all call it, and all see what one raises.
     """
-    with Signals() as signals:
-        run = run_lib.check(workdir, values)
-        chosen = [run.stage(only)] if only else [stage for stage in run.stages() if not stage.on_request]
-        mesh = sharding.make_mesh(run.config.mesh)
-        for stage in chosen:
-            _check_schedule(stage)
-            _check_batch_size(stage, mesh)
-        for stage in chosen:
-            # What cannot be built should not be found out when its turn comes, hours later. This may fetch the data.
-            if stage.model is not None:
-                like = abstract_state(run, stage, stage.model(run), mesh)
-                if init_from:
-                    warm_start.check(run, stage, like, init_from)
+    with Signals(hosts.any_of) as signals:
+        with hosts.together():
+            run = run_lib.check(workdir, values)
+            chosen = [run.stage(only)] if only else [stage for stage in run.stages() if not stage.on_request]
+            mesh = sharding.make_mesh(run.config.mesh)
+            for stage in chosen:
+                _check_schedule(stage)
+                _check_batch_size(stage, mesh)
+            for stage in chosen:
+                # What cannot be built should not be found out when its turn comes, hours later. May fetch the data.
+                if stage.model is not None:
+                    like = abstract_state(run, stage, stage.model(run), mesh)
+                    if init_from:
+                        warm_start.check(run, stage, like, init_from)
+        run_lib.check_same_config(run)
         complete = {stage.name: is_complete(run, stage) for stage in chosen}
         if all(complete.values()):
-            for stage in chosen:
-                if _record_of_sources(run, stage).exists():  # not of what extracts, nor of published weights
-                    check_sources(run, stage, _sources(run, stage))
+            with hosts.together():
+                for stage in chosen:
+                    if seen.record(run, stage).exists():
+                        check_sources(run, stage, seen.sources_of(run, stage))
             run_lib.keep_free_keys(run)
             run_lib.say(f"{run.workdir} is complete: nothing left to do")
             return run
+        hosts.check_shared(run.workdir)
         for stage in chosen:
             if complete[stage.name]:
                 run_lib.say(f"{stage.name}: complete")
@@ -81,21 +84,22 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", 
 
 def is_complete(run: Run, stage: Stage) -> bool:
     """Has the stage reached its last step, or is its extraction done?"""
-    if stage.is_extracted is not None:
-        return stage.is_extracted(run)
+    if (is_extracted := stage.is_extracted) is not None:
+        return bool(hosts.from_first(lambda: is_extracted(run)))
     assert stage.settings is not None
     with checkpoints_of(run, stage) as checkpoints:
         # A damaged last checkpoint is no end: the stage goes on from the one before.
-        last = max(checkpoints.steps(), default=0)
-        return last >= stage.settings.steps and checkpoints.newest_whole() >= stage.settings.steps
+        return checkpoints.newest() >= stage.settings.steps and checkpoints.newest_whole() >= stage.settings.steps
 
 
 def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from: str = "") -> None:
     """From the newest checkpoint, or from nothing, to the stage's last step."""
     assert stage.model and stage.source and stage.optim and stage.settings
     config, seed, model = stage.settings, run.seed(stage.name), stage.model(run)
-    sources = _sources(run, stage)
-    check_sources(run, stage, sources)
+    with hosts.together():
+        sources = seen.sources_of(run, stage)
+        check_sources(run, stage, sources)
+    seen.check_same_images(sources)
     like = abstract_state(run, stage, model, mesh)
     _check_best_metric(config, model, like, sources["evaluation"])
     observer = Observer(run, stage, model, sources["evaluation"], mesh, signals.check)
@@ -113,7 +117,7 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
         make = lambda dispatch: [batch(index) for index in range(dispatch * each, (dispatch + 1) * each)]
         ahead = data.prefetch(make, start // each, config.steps // each)
         # Guarded, since a copy between host and devices that nobody asked for would stall every step.
-        guard = jax.transfer_guard("disallow")
+        guard, vote = jax.transfer_guard("disallow"), hosts.Vote(mesh)
         with signals.deferred(), contextlib.closing(observer), contextlib.closing(ahead) as dispatches, guard:
             if figures := observer.catch_up(start, state):
                 checkpoints.save(start, state, figures)
@@ -123,9 +127,10 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
                     figures = observer.after_step(done, state, report)
                 except Interrupted:  # in the middle of an evaluation, which the next start makes
                     figures = {}
-                if done % config.save_every == 0 or done == config.steps or signals.received is not None:
+                stops = signals.is_seen(vote)
+                if done % config.save_every == 0 or done == config.steps or stops:
                     checkpoints.save(done, state, figures)
-                if signals.received is not None and done < config.steps:
+                if stops and done < config.steps:
                     checkpoints.wait()
                     observer.message(f"{stage.name}: saved at step {done:,}")
                     signals.check()
@@ -146,8 +151,9 @@ def evaluate(run: Run, split: str) -> dict[str, Any]:
         if lacking := _lacking(run, stage, split):
             run_lib.say(f"{stage.name}: not measured, for {lacking}")
             continue
-        source = stage.source(run, split)
-        check_sources(run, stage, {split: source})
+        with hosts.together():
+            source = stage.source(run, split)
+            check_sources(run, stage, {split: source})
         model, state = restore(run, stage.name, mesh)
         model = stage.evaluated(run) if stage.evaluated else model
         figures = evaluation.evaluate(
@@ -172,8 +178,8 @@ def evaluate(run: Run, split: str) -> dict[str, Any]:
 def _lacking(run: Run, stage: Stage, split: str) -> str:
     """Why a stage that is measured on what another one extracted has nothing to be measured on; '' where it has."""
     for extraction in map(run.stage, stage.needs):
-        if extraction.extract is not None and split not in SPLITS:
-            return f"'{extraction.name}' has the splits {' and '.join(SPLITS)} only"
+        if extraction.extract is not None and split not in seen.SPLITS:
+            return f"'{extraction.name}' has the splits {' and '.join(seen.SPLITS)} only"
         if extraction.extract is not None and not is_complete(run, extraction):
             return f"{run.folder(extraction.name)} is missing; train.py makes it again"
     return ""
@@ -202,67 +208,31 @@ def _restored_or_new(
 
 @contextlib.contextmanager
 def _alone(folder: epath.Path) -> Iterator[None]:
-    """Holds the lock of a stage's folder; `InputError` where another process of this machine does.
+    """Holds the lock of a stage's folder; `InputError` where another run on this machine does.
 
     Two runs in one folder would remove each other's files. The system frees the lock of a process that is killed.
     """
-    if atomic.is_remote(folder) or jax.process_index() > 0:
+    with contextlib.ExitStack() as stack:
+        with hosts.together():
+            if hosts.is_first() and not atomic.is_remote(folder):
+                file = stack.enter_context(open(folder.parent / f".{folder.name}.lock", "w"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    message = f"another process is working on {folder}; wait for it, or use a new --workdir"
+                    raise InputError(message) from error
         yield
-        return
-    with open(folder.parent / f".{folder.name}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another process is working on {folder}; wait for it, or use a new --workdir") from error
-        yield
-
-
-def _sources(run: Run, stage: Stage) -> dict[str, data.Source]:
-    """Those that a stage trains on and is measured on."""
-    assert stage.source
-    return {split: stage.source(run, split) for split in SPLITS}
-
-
-def _record_of_sources(run: Run, stage: Stage) -> epath.Path:
-    return run.folder(stage.name) / "sources.json"
-
-
-def check_sources(run: Run, stage: Stage, sources: dict[str, data.Source]) -> None:
-    """Raises InputError where the images are not those that the stage began with."""
-    path = _record_of_sources(run, stage)
-    before = run_lib.read_json(path, {"train": dict, "evaluation": dict}) if path.exists() else {}
-    for split, source in sources.items():
-        now = _describe(source)
-        changed = [key for key in now if split in before and before[split].get(key) != now[key]]
-        # The name of a folder is its place, which may change; what is in it has a fingerprint.
-        if [key for key in changed if key != "name" or not source.fingerprint]:
-            changes = ", ".join(f"{key} {before[split].get(key)} -> {now[key]}" for key in changed)
-            raise InputError(
-                f"the {split} images of {run.folder(stage.name)} have changed since it began ({changes}); "
-                "restore them, or use a new --workdir"
-            )
-
-
-def _describe(source: data.Source) -> dict[str, Any]:
-    return {
-        "name": source.name,
-        "size": source.size,
-        "shape": list(source.shape),
-        "levels": source.levels,
-        "class_names": list(source.class_names),
-        "fingerprint": source.fingerprint,
-    }
 
 
 def _record_start(run: Run, stage: Stage, sources: dict[str, data.Source], record: Mapping[str, Any] = {}) -> None:
     """The first thing that is written: by now the config, the data and the stages before have been found to fit."""
     facts = stage.facts(run) if stage.facts else {}
-    for line in run_lib.create(run):
-        run_lib.say(f"note: {line}; bit-for-bit equality with the earlier part is not promised")
-    if jax.process_index() == 0:
-        run_lib.write_json(run.folder(stage.name) / "data.json", {**facts, **record})
-        described = {split: _describe(source) for split, source in sources.items()}
-        run_lib.write_json(_record_of_sources(run, stage), described)
+    with hosts.together():
+        for line in run_lib.create(run):
+            run_lib.say(f"note: {line}; bit-for-bit equality with the earlier part is not promised")
+        if hosts.is_first():
+            run_lib.write_json(run.folder(stage.name) / "data.json", {**facts, **record})
+            seen.write(run, stage, sources)
 
 
 def _require(run: Run, stage: Stage) -> None:
@@ -309,11 +279,12 @@ def _check_batch_size(stage: Stage, mesh: Mesh) -> None:
     if stage.settings is None:
         return
     parts = stage.settings.accumulation
-    micro_batch = stage.settings.batch_size // parts
-    if micro_batch % mesh.size:
+    micro_batch, count = stage.settings.batch_size // parts, sharding.num_batch_shards(mesh)
+    if micro_batch % count:
+        among = f"{count} devices" if count == mesh.size else f"{count} groups of devices (data x fsdp)"
         raise InputError(
             f"{stage.name}.train.batch_size={stage.settings.batch_size} "
-            f"in {parts} part(s) is not divisible by the {mesh.size} devices; use a multiple of {mesh.size * parts}"
+            f"in {parts} part(s) is not divisible by the {among}; use a multiple of {count * parts}"
         )
 
 

@@ -55,7 +55,7 @@ def begin(run: Run, stage: Stage, like: PyTree, init_from: str) -> Start:
 
 def _has_begun(run: Run, stage: Stage) -> bool:
     with checkpoints_of(run, stage) as checkpoints:
-        return bool(checkpoints.steps())
+        return checkpoints.newest() > 0
 
 
 def _checkpoints(other: Run, stage: Stage) -> Checkpoints:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Key, PyTree, UInt8
 
-from bitsperdim import data, extracted, facts, likelihood, sharding, trainer
+from bitsperdim import data, extracted, facts, hosts, likelihood, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.run import Run
 from vdvae import coding, levels, network, vae
@@ -106,17 +106,17 @@ def kl_by_channel(run: Run, mesh: Mesh) -> list[Float[np.ndarray, " z"]]:
     most = run.config.encoding.images
     of_weights = {"fingerprint": extracted.fingerprint(state), "step": int(state["step"]), "at_most": most}
     path = run.folder("model") / FILE
-    if path.exists():
-        before = run_lib.read_json(path, {"bits": list}, "remove it: it is measured again")
-        if {name: before.get(name) for name in of_weights} == of_weights:
-            return [np.asarray(of_layer) for of_layer in before["bits"]]
+    before = lambda: run_lib.read_json(path, {"bits": list}, "remove it: it is measured again")
+    is_of_weights = lambda: path.exists() and {name: before().get(name) for name in of_weights} == of_weights
+    if hosts.from_first(is_of_weights):
+        return [np.asarray(of_layer) for of_layer in before()["bits"]]
     source = data.open_source(run.config.data, "train")
     trainer.check_sources(run, run.stage("model"), {"train": source})
     chosen = np.unique(np.linspace(0, source.size - 1, min(most, source.size)).astype(np.int64))
     source = source._replace(size=len(chosen), read=lambda indices, read=source.read: read(chosen[indices]))
     nats = _means(run, mesh, state["ema"], source)
     bits = [likelihood.nats_to_bits(of_layer) for of_layer in nats]  # pyright: ignore
-    if jax.process_index() == 0:
+    if hosts.is_first():
         about = {"split": source.name, "images": source.size}
         run_lib.write_json(path, {**of_weights, **about, "bits": [of_layer.tolist() for of_layer in bits]})
     return bits

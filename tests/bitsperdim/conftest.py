@@ -29,11 +29,12 @@ def toy_config():
 
 @pytest.fixture(scope="session")
 def sub_mesh():
-    """`sub_mesh(data, fsdp)` -> a mesh over the first data x fsdp devices."""
+    """`sub_mesh(data, fsdp, model)` -> a mesh over so many of the first devices; of two axes where model is 1."""
 
-    def make(data, fsdp=1):
-        devices = jax.devices()[: data * fsdp]
-        return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    def make(data, fsdp=1, model=1):
+        sizes = (data, fsdp, model)[: 3 if model > 1 else 2]
+        names, devices = ("data", "fsdp", "model")[: len(sizes)], jax.devices()[: data * fsdp * model]
+        return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
     return make
 

@@ -20,13 +20,13 @@ STEPS = 5
 
 @pytest.fixture(scope="module")
 def train(toy_config, sub_mesh):
-    """`train(data, fsdp, accumulation)` -> the state on its devices and the reports after five steps of the toy."""
+    """`train(data, fsdp, accumulation, model)` -> the state on its devices and the reports after five steps."""
 
     @functools.cache
-    def run(num_data, num_fsdp=1, accumulation=1):
+    def run(num_data, num_fsdp=1, accumulation=1, num_model=1):
         changes = {"mesh.fsdp": num_fsdp, "train.accumulation": accumulation}
         config = config_lib.unpack(toy_config(changes).to_dict(), toy_family.Config)
-        mesh, model = sub_mesh(num_data, num_fsdp), toy_family.make(config)
+        mesh, model = sub_mesh(num_data, num_fsdp, num_model), toy_family.make(config)
         optimizer = optim.optimizer(config.optim, config.train.steps)
         like = state.abstract(model, optimizer, jax.random.key(0), mesh, config.mesh)
         step = step_lib.compiled(model, config.optim, config.train, 0, mesh, like)
@@ -47,12 +47,14 @@ def on_one(train):
 
 
 @pytest.mark.parametrize(
-    ("num_data", "num_fsdp", "accumulation"),
-    [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 1, 4)],
-    ids=["8 devices", "fsdp 8", "2 x 4", "2 devices, 4 micro-batches"],
+    ("num_data", "num_fsdp", "accumulation", "num_model"),
+    [(8, 1, 1, 1), (1, 8, 1, 1), (2, 4, 1, 1), (2, 1, 4, 1), (2, 2, 2, 2)],
+    ids=["8 devices", "fsdp 8", "2 x 4", "2 devices, 4 micro-batches", "model 2, 2 micro-batches"],
 )
-def test_devices_shards_and_micro_batches_change_nothing_but_rounding(train, on_one, num_data, num_fsdp, accumulation):
-    (expected, reports), (got, others) = on_one, train(num_data, num_fsdp, accumulation)
+def test_devices_shards_and_micro_batches_change_nothing_but_rounding(
+    train, on_one, num_data, num_fsdp, accumulation, num_model
+):
+    (expected, reports), (got, others) = on_one, train(num_data, num_fsdp, accumulation, num_model)
     for report, other in zip(reports, others, strict=True):
         # Adam's first updates magnify rounding: a gradient near zero decides a sign. The losses do not feel it.
         np.testing.assert_allclose(other.figures["objective"], report.figures["objective"], rtol=1e-5)
@@ -84,6 +86,26 @@ def test_fsdp_leaves_each_device_an_eighth_of_every_kernel_and_of_its_moments(tr
         assert held == [leaf.size // 8 if sharded else leaf.size] * 8, path
         kernels += sharded
     assert kernels == 2 * 4  # encoder and decoder, in params, ema and Adam's two moments
+
+
+def test_a_model_axis_leaves_each_device_a_part_of_every_kernel_of_which_fsdp_takes_another(train):
+    current, _ = train(2, 2, 2, 2)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(current):
+        held = [shard.data.size for shard in leaf.addressable_shards]
+        sharded = jax.tree_util.keystr(path, simple=True, separator="/").endswith("kernel")
+        assert held == [leaf.size // 4 if sharded else leaf.size] * 8, path
+
+
+def test_a_kernel_is_gathered_over_fsdp_and_used_as_it_lies_over_model(sub_mesh):
+    mesh = sub_mesh(2, 2, 2)
+    config = MeshConfig(fsdp=2, model=2, model_rules=(("out/kernel$", ("model", "")), ("kernel$", ("model",))))
+    kernels = {name: {"kernel": jax.ShapeDtypeStruct((6, 8), jnp.float32)} for name in ("in", "out")}
+    kernels["odd"] = {"kernel": jax.ShapeDtypeStruct((6, 6), jnp.float32)}
+    places = sharding.for_state(kernels, config, mesh)
+    spec = lambda name, of=lambda place: place: of(places[name]["kernel"]).spec
+    assert spec("in") == P(None, ("model", "fsdp")) and spec("in", sharding.in_use) == P((), ("model",))
+    assert spec("out") == P("model", "fsdp") and spec("out", sharding.in_use) == P(("model",), ())
+    assert spec("odd") == P(None, "model")  # six cannot be divided by four
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +181,7 @@ def test_the_first_rule_that_matches_decides_and_names_the_last_dimensions(sub_m
         (MeshConfig(data=1, fsdp=-1), (1, 8)),
         (MeshConfig(data=2, fsdp=4), (2, 4)),
         (MeshConfig(data=-1, fsdp=2), (4, 2)),
+        (MeshConfig(data=-1, fsdp=2, model=2), (2, 2, 2)),
     ],
 )
 def test_the_mesh_uses_every_device(config, shape):
@@ -178,7 +201,9 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_their_number(confi
     [
         ({"data": 0}, "data must be a number of devices or -1"),
         ({"data": -1, "fsdp": -1}, "data and fsdp must not both be -1"),
-        ({"rules": (("kernel", ("model",)),)}, r"rules must name the axes .* not \['model'\]"),
+        ({"rules": (("kernel", ("model",)),)}, r"rules must name the axes 'data', 'fsdp' or '', not \['model'\]"),
+        ({"model_rules": (("kernel", ("fsdp",)),)}, r"model_rules must name the axes 'model' or '', not \['fsdp'\]"),
+        ({"model": 0}, "model must be a number of devices, not 0"),
     ],
 )
 def test_mesh_settings_out_of_range_are_named(values, message):
