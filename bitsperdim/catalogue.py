@@ -65,7 +65,8 @@ def describe(name: str, remark: str = "") -> Iterator[str]:
     """One variant: its remark, its data, and the parameters and steps of every stage that is trained."""
     values = config_files.load(name)
     yield from textwrap.wrap(f"{name}{f': {remark}' if remark else ''}", WIDTH, subsequent_indent="    ")
-    source = " ".join(str(values.data[key]) for key in ("source", "name") if values.data.get(key))
+    given = values.to_dict()["data"]
+    source = " ".join(given[key] for key in ("source", "name") if given.get(key))
     try:
         with plan.planned(values) as (run, mesh):
             about = plan.facts_of(run.config.data)

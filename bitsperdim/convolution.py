@@ -85,8 +85,7 @@ _product.defvjp(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _strideless(x: Array, kernel: Array, padding: Sides) -> Array:
+def _without_strides(x: Array, kernel: Array, padding: Sides) -> Array:
     kh, kw, inputs, outputs = kernel.shape
     if kh * kw * outputs > inputs:
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=LAYOUT)
@@ -100,6 +99,9 @@ def _strideless(x: Array, kernel: Array, padding: Sides) -> Array:
         for (a, b), part in zip(np.ndindex(kh, kw), jax.lax.split(products, [outputs] * (kh * kw), 3), strict=True)
     ]
     return functools.reduce(jnp.add, moved).astype(x.dtype)
+
+
+_strideless = jax.custom_vjp(_without_strides, nondiff_argnums=(2,))
 
 
 def _forward(x: Array, kernel: Array, padding: Sides) -> tuple[Array, tuple[Array, Array]]:
