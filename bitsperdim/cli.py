@@ -187,7 +187,7 @@ def _join(values: flags.FlagValues) -> None:
 def _define_config(values: flags.FlagValues, config: ConfigDict, argv: list[str]) -> None:
     """The flags --config.KEY=VALUE, for every key and not only those that the config names."""
     complete = ConfigDict(dataclasses.asdict(run_lib.parse(config)[1]))
-    _refuse_unknown_keys(argv, [key for key, _ in config_lib.flatten(complete.to_dict())])
+    _refuse_unknown_keys(argv, dict(config_lib.flatten(complete.to_dict())))
     config_flags.DEFINE_config_dict("config", complete, flag_values=values, sys_argv=argv)
 
 
@@ -390,19 +390,21 @@ def _pop_config(argv: list[str]) -> tuple[str, list[str]]:
     )
 
 
-def _refuse_unknown_keys(argv: list[str], valid: list[str]) -> None:
+def _refuse_unknown_keys(argv: list[str], valid: dict[str, Any]) -> None:
     """`ml_collections` reports an unknown `--config.key` without its section, so it is looked up first."""
     for argument in argv:
         key = argument.removeprefix("--config.").partition("=")[0]
-        if not argument.startswith("--config.") or key in valid:
+        if not argument.startswith("--config.") or valid.get(key) is not None:
             continue
+        if key in valid:
+            raise InputError(f"'{key}' is a section that this config leaves out; take a variant or a file that has it")
         inside = [name for name in valid if name.startswith(f"{key}.")]
         if inside:
             raise InputError(
                 f"'{key}' is a section of the config: one of its keys is set by --config.{key}.KEY=VALUE, "
                 f"such as --config.{inside[0]}=VALUE"
             )
-        raise config_lib.unknown_key(key, valid)
+        raise config_lib.unknown_key(key, list(valid))
 
 
 def _default_workdir(name: str) -> str:

@@ -287,6 +287,11 @@ def test_one_config_is_listed_with_its_variants_data_and_parameters(call):
     assert "pixels      258,468 parameters" in pixels
 
 
+def test_a_section_that_a_config_leaves_out_is_no_value(refusal):
+    said = refusal(TRAIN, "--config=flows_digits", "--config.model.dequantization=1")
+    assert said.startswith("'model.dequantization' is a section that this config leaves out")
+
+
 def test_the_list_of_a_config_that_is_none_names_those_that_are(refusal):
     assert "vqvae2_photos" in refusal(TRAIN, "--list=nonsense")
 
