@@ -1,5 +1,6 @@
 """Eight CPU devices in every test process, the golden vectors, and the folder of real data sets."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -37,6 +38,19 @@ def tfds_dir():
     if not (SHARED / "data").exists():
         pytest.skip(f"no TFDS data directory at {SHARED / 'data'}")
     return SHARED / "data"
+
+
+@pytest.fixture(scope="session")
+def benchmark():
+    """`benchmark("rate_distortion")` -> the script of that name, as a module."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

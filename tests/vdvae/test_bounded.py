@@ -1,9 +1,7 @@
 """What the comparison of bounded and unbounded scales takes from runs, from figures written by hand."""
 
-import importlib.util
 import json
 import math
-import pathlib
 
 import pytest
 
@@ -11,10 +9,10 @@ from bitsperdim import config_files
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 
-PATH = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "vdvae_bounded.py"
-SPEC = importlib.util.spec_from_file_location(PATH.stem, PATH)
-vdvae_bounded = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(vdvae_bounded)
+
+@pytest.fixture(scope="module")
+def vdvae_bounded(benchmark):
+    return benchmark("vdvae_bounded")
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def run(tmp_path):
     return make
 
 
-def test_curves_are_of_the_evaluations_in_bits_per_dim(run):
+def test_curves_are_of_the_evaluations_in_bits_per_dim(vdvae_bounded, run):
     (record,) = vdvae_bounded.evaluations(run(-250.0))
     expected = {"reconstruction_bits_per_dim": 0.375, "kl_bits_per_dim": 0.125, "bits_per_dim": 0.5, "ssim": 0.9}
     assert record == pytest.approx({"step": 10, **expected})
@@ -48,7 +46,7 @@ def test_curves_are_of_the_evaluations_in_bits_per_dim(run):
         vdvae_bounded.evaluations(untrained)
 
 
-def test_runs_that_cannot_be_compared_are_refused(run):
+def test_runs_that_cannot_be_compared_are_refused(vdvae_bounded, run):
     both = {"unbounded": run(-250.0), "bounded": run(-7.0)}
     source = vdvae_bounded.same_images(both | {"8 bits": run(-250.0, bits=8)})
     assert (source.levels, source.shape) == (256, (32, 32, 3))

@@ -1,9 +1,7 @@
 """The rate and distortion of runs, from figures written by hand."""
 
-import importlib.util
 import json
 import math
-import pathlib
 import sys
 
 import pytest
@@ -12,10 +10,10 @@ from bitsperdim import config_files
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 
-PATH = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "rate_distortion.py"
-SPEC = importlib.util.spec_from_file_location(PATH.stem, PATH)
-rate_distortion = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(rate_distortion)
+
+@pytest.fixture(scope="module")
+def rate_distortion(benchmark):
+    return benchmark("rate_distortion")
 
 
 @pytest.fixture
@@ -40,7 +38,7 @@ def evaluated(tmp_path):
     return make
 
 
-def test_levels_without_a_prior_count_as_uniform_codes_and_say_so(evaluated):
+def test_levels_without_a_prior_count_as_uniform_codes_and_say_so(rate_distortion, evaluated):
     # Strides (4, 2): 4x4 codes above 8x8.
     none = rate_distortion.case(evaluated("none", 512, {}))
     assert none["bits_per_image"] == none["bits_uniform"] == 9 * (16 + 64)
@@ -51,7 +49,7 @@ def test_levels_without_a_prior_count_as_uniform_codes_and_say_so(evaluated):
     assert top["rate_of"] == "top prior, bottom uniform"
 
 
-def test_the_command_prints_a_line_a_run_and_draws_the_curve(evaluated, monkeypatch, capsys, tmp_path):
+def test_the_command_prints_a_line_a_run_and_draws_the_curve(rate_distortion, evaluated, monkeypatch, capsys, tmp_path):
     priors = {"top": {"rate_bits_per_image": 60.0}, "bottom": {"rate_bits_per_image": 240.0}}
     runs = [evaluated("large", 512, priors), evaluated("small", 64, priors)]
     monkeypatch.setattr(sys, "argv", ["rate_distortion.py", *runs, f"--out={tmp_path / 'curve.png'}"])
@@ -62,7 +60,7 @@ def test_the_command_prints_a_line_a_run_and_draws_the_curve(evaluated, monkeypa
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_runs_that_cannot_be_compared_are_refused(evaluated, tmp_path):
+def test_runs_that_cannot_be_compared_are_refused(rate_distortion, evaluated, tmp_path):
     cases = [rate_distortion.case(evaluated(name, 64, {}, images)) for name, images in (("a", 100), ("b", 90))]
     with pytest.raises(InputError, match="a: 100 images of photos, 32x32x3, 256 levels; b: 90 images of photos"):
         rate_distortion.check_comparable(cases)
@@ -71,7 +69,7 @@ def test_runs_that_cannot_be_compared_are_refused(evaluated, tmp_path):
         rate_distortion.case(str(tmp_path / "a"))
 
 
-def test_runs_on_other_images_are_told_apart_by_fingerprint_or_name(evaluated):
+def test_runs_on_other_images_are_told_apart_by_fingerprint_or_name(rate_distortion, evaluated):
     check = lambda *sources: rate_distortion.check_comparable(
         [rate_distortion.case(evaluated(f"{index}", 32, {}, source=source)) for index, source in enumerate(sources)]
     )
