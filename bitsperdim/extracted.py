@@ -22,7 +22,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from bitsperdim import atomic, cache, data, hosts, manifest, records, sharding, trainer
+from bitsperdim import atomic, cache, data, hosts, manifest, records, seen, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.model import Batch
@@ -62,7 +62,7 @@ def encode_images(
     compiled = jax.jit(encode, out_shardings=sharding.replicated(mesh))
     batch_size = sharding.whole_batch(batch_size, mesh)
     sources = {split: data.open_source(run.config.data, split) for split in SPLITS}
-    trainer.check_sources(run, run.stage(extraction.of), sources)
+    seen.check_sources(run, run.stage(extraction.of), sources)
     shapes = jax.eval_shape(encode, state["ema"], state["extra"], _after(sources["train"], 0).read(np.arange(1)))
     fields = {name: np.dtype((leaf.dtype, leaf.shape[1:])) for name, leaf in shapes.items()}
     writers = begin(

@@ -27,7 +27,6 @@ from bitsperdim.errors import InputError, Interrupted
 from bitsperdim.model import Model, Stage
 from bitsperdim.observer import Observer
 from bitsperdim.run import Run
-from bitsperdim.seen import check_sources as check_sources
 from bitsperdim.signals import Signals
 from bitsperdim.trained import abstract_state, checkpoints_of, restore
 from bitsperdim.trained import restored_step as restored_step
@@ -63,7 +62,7 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", 
             with hosts.together():
                 for stage in chosen:
                     if seen.record(run, stage).exists():
-                        check_sources(run, stage, seen.sources_of(run, stage))
+                        seen.check_sources(run, stage, seen.sources_of(run, stage))
             run_lib.keep_free_keys(run)
             run_lib.say(f"{run.workdir} is complete: nothing left to do")
             return run
@@ -98,7 +97,7 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
     config, seed, model = stage.settings, run.seed(stage.name), stage.model(run)
     with hosts.together():
         sources = seen.sources_of(run, stage)
-        check_sources(run, stage, sources)
+        seen.check_sources(run, stage, sources)
     seen.check_same_images(sources)
     like = abstract_state(run, stage, model, mesh)
     _check_best_metric(config, model, like, sources["evaluation"])
@@ -153,7 +152,7 @@ def evaluate(run: Run, split: str) -> dict[str, Any]:
             continue
         with hosts.together():
             source = stage.source(run, split)
-            check_sources(run, stage, {split: source})
+            seen.check_sources(run, stage, {split: source})
         model, state = restore(run, stage.name, mesh)
         model = stage.evaluated(run) if stage.evaluated else model
         figures = evaluation.evaluate(

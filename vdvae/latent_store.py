@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, PyTree
 
-from bitsperdim import data, extracted, facts, likelihood, rng, sharding, trainer
+from bitsperdim import data, extracted, facts, likelihood, rng, seen, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.extracted import Extraction
@@ -96,7 +96,7 @@ def decode(run: Run, mesh: Mesh, split: str) -> tuple[int, Iterator[tuple[np.nda
 def _originals(run: Run, split: str) -> data.Source | None:
     try:
         source = data.open_source(run.config.data, split)
-        trainer.check_sources(run, run.stage("model"), {split: source})
+        seen.check_sources(run, run.stage("model"), {split: source})
     except InputError as error:
         run_lib.say(f"note: the images are decoded without their likelihood: {error}")
         return None

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Key, PyTree, UInt8
 
-from bitsperdim import data, extracted, facts, hosts, likelihood, sharding, trainer
+from bitsperdim import data, extracted, facts, hosts, likelihood, seen, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.run import Run
 from vdvae import coding, levels, network, vae
@@ -111,7 +111,7 @@ def kl_by_channel(run: Run, mesh: Mesh) -> list[Float[np.ndarray, " z"]]:
     if hosts.from_first(is_of_weights):
         return [np.asarray(of_layer) for of_layer in before()["bits"]]
     source = data.open_source(run.config.data, "train")
-    trainer.check_sources(run, run.stage("model"), {"train": source})
+    seen.check_sources(run, run.stage("model"), {"train": source})
     chosen = np.unique(np.linspace(0, source.size - 1, min(most, source.size)).astype(np.int64))
     source = source._replace(size=len(chosen), read=lambda indices, read=source.read: read(chosen[indices]))
     nats = _means(run, mesh, state["ema"], source)
