@@ -34,9 +34,7 @@ def section(text: str, key: str) -> str:
 
 def variants(text: str) -> dict[str, str]:
     """Name and remark of each variant that a docstring names."""
-    found = re.search(r"^Variants:(.*?)(?:^\S|\Z)", text, re.MULTILINE | re.DOTALL)
-    named = re.findall(r"([\w.]+)\s*(?:\(([^()]*)\))?\s*[,;.]", found[1] if found else "")
-    return {name: " ".join(remark.split()) for name, remark in named}
+    return dict(re.findall(r"([\w.]+)\s*(?:\(([^()]*)\))?\s*[,;.]", section(text, "Variants")))
 
 
 def overview() -> Iterator[str]:
