@@ -5,11 +5,9 @@ run has ended; 1 is a defect of ours.
 """
 
 import contextlib
-import dataclasses
 import errno
 import inspect
 import os
-import pathlib
 import sys
 import tempfile
 import time
@@ -21,7 +19,6 @@ import jax
 import numpy as np
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
 
 from bitsperdim import (
     adopt,
@@ -31,6 +28,7 @@ from bitsperdim import (
     data,
     decoding,
     evaluation,
+    flag_config,
     flag_values,
     hosts,
     images,
@@ -152,9 +150,9 @@ def _train(argv: list[str]) -> None:
         for line in catalogue.of(name) if name else catalogue.overview():
             print(line, flush=True)
         return
-    name, argv = _pop_config(argv)
+    name, argv = flag_config.pop(argv)
     values = flags.FlagValues()
-    _define_config(values, config_files.load(name), argv)
+    flag_config.define(values, config_files.load(name), argv)
     flags.DEFINE_string("workdir", "", "Run folder; default runs/<config>-<variant>.", flag_values=values)
     flags.DEFINE_string("stage", "", "Train this stage alone.", flag_values=values)
     flags.DEFINE_string("init_from", "", "Run whose weights new stages start with.", flag_values=values)
@@ -176,19 +174,12 @@ def _train(argv: list[str]) -> None:
         # Read by XLA when the first device is touched.
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {run_lib.DETERMINISTIC}".strip()
     _join(values)
-    trainer.train(values.config, values.workdir or _default_workdir(name), values.stage, values.init_from)
+    trainer.train(values.config, values.workdir or flag_config.default_workdir(name), values.stage, values.init_from)
 
 
 def _join(values: flags.FlagValues) -> None:
     if values.multihost is not None:
         hosts.join(values.multihost)
-
-
-def _define_config(values: flags.FlagValues, config: ConfigDict, argv: list[str]) -> None:
-    """The flags --config.KEY=VALUE, for every key and not only those that the config names."""
-    complete = ConfigDict(dataclasses.asdict(run_lib.parse(config)[1]))
-    _refuse_unknown_keys(argv, dict(config_lib.flatten(complete.to_dict())))
-    config_flags.DEFINE_config_dict("config", complete, flag_values=values, sys_argv=argv)
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -237,7 +228,7 @@ def _sample(argv: list[str]) -> None:
         flags.DEFINE_string(name, None, "See `sample`.", flag_values=values)
     run, folder = _parse_and_open(values, argv)
     shares = flag_values.shares("accept_top", values.accept_top) if values.accept_top else ()
-    scorer, features = _given_functions(values)
+    scorer, features = flag_values.chosen_functions(values)
     loaded = run.family.load(run, sharding.mesh_at_hand(run.config.mesh))
     if values.compare_samplers:
         _compare_samplers(run, loaded, values, folder)
@@ -282,18 +273,6 @@ def _sample(argv: list[str]) -> None:
     print(f"{values.num} samples in {seconds:.1f} s (compilation included): {folder / 'samples.png'}")
     if source is not None:
         _nearest(pictures, source, values.nearest, features, loaded.levels, folder)
-
-
-def _given_functions(values: flags.FlagValues) -> tuple[Callable | None, Callable | None]:
-    """The scorer of --accept_top and the features of --nearest, where they are given."""
-    if bool(values.scorer) != bool(values.accept_top):
-        raise InputError("--accept_top=SHARE and --scorer=MODULE:FUNCTION need each other")
-    if values.candidates and not values.accept_top:
-        raise InputError("--candidates=N needs --accept_top=SHARE, for without it every sample is kept")
-    if values.features and not values.nearest:
-        raise InputError("--features needs --nearest=K, the number of images to look for")
-    scorer = flag_values.function("scorer", values.scorer) if values.scorer else None
-    return scorer, flag_values.function("features", values.features) if values.features else None
 
 
 def _nearest(
@@ -365,51 +344,10 @@ def _convert(argv: list[str]) -> None:
             raise InputError(f"--{name} is not for --family={values.family}")
     imported = family.imported(_required(values, "checkpoint"), **options)
     changed = flags.FlagValues()
-    _define_config(changed, imported.config, changes)
+    flag_config.define(changed, imported.config, changes)
     _parse(changed, [argv[0], *changes])
     run = adopt.adopt(_required(values, "workdir"), imported._replace(config=changed.config))
     print(f"{run.workdir} is a run now: evaluate.py and sample.py take it as --workdir")
-
-
-def _pop_config(argv: list[str]) -> tuple[str, list[str]]:
-    """The value of `--config=NAME` (or `--config NAME`), and the other arguments."""
-    names, rest, arguments = [], [], iter(argv)
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name in ("--config", "-config"):
-            names.append(value if equals else next(arguments, ""))
-        else:
-            rest.append(argument)
-    if len(names) > 1:
-        raise InputError(f"--config is given {len(names)} times: {', '.join(names)}")
-    if names and names[0]:
-        return names[0], rest
-    raise InputError(
-        f"--config is missing; known are {', '.join(config_files.names())}, or give the path of a file; "
-        "train.py --list says more of them"
-    )
-
-
-def _refuse_unknown_keys(argv: list[str], valid: dict[str, Any]) -> None:
-    """`ml_collections` reports an unknown `--config.key` without its section, so it is looked up first."""
-    for argument in argv:
-        key = argument.removeprefix("--config.").partition("=")[0]
-        if not argument.startswith("--config.") or valid.get(key) is not None:
-            continue
-        if key in valid:
-            raise InputError(f"'{key}' is a section that this config leaves out; take a variant or a file that has it")
-        inside = [name for name in valid if name.startswith(f"{key}.")]
-        if inside:
-            raise InputError(
-                f"'{key}' is a section of the config: one of its keys is set by --config.{key}.KEY=VALUE, "
-                f"such as --config.{inside[0]}=VALUE"
-            )
-        raise config_lib.unknown_key(key, list(valid))
-
-
-def _default_workdir(name: str) -> str:
-    path, _, variant = name.partition(":")
-    return os.path.join("runs", f"{pathlib.Path(path).stem}-{variant or 'base'}")
 
 
 def _parse(values: flags.FlagValues, argv: list[str]) -> None:

@@ -1,6 +1,7 @@
 """What people write behind a flag where it is more than one number: values by level, shares, functions, arrays.
 
-Every function takes the name of the flag, for the message of its InputError. Not here: the flags themselves (`cli.py`).
+Every function of one value takes the name of its flag, for the message of its InputError.
+Not here: the flags themselves (`cli.py`), and those that change a config (`flag_config.py`).
 """
 
 import importlib
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from absl import flags
 
 from bitsperdim.errors import InputError
 from bitsperdim.model import Loaded
@@ -127,3 +129,15 @@ def array(flag: str, path: str) -> np.ndarray:
             return np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"--{flag}={path} is no readable .npy file ({error})") from error
+
+
+def chosen_functions(values: flags.FlagValues) -> tuple[Callable | None, Callable | None]:
+    """The scorer of --accept_top and the features of --nearest, where they are given."""
+    if bool(values.scorer) != bool(values.accept_top):
+        raise InputError("--accept_top=SHARE and --scorer=MODULE:FUNCTION need each other")
+    if values.candidates and not values.accept_top:
+        raise InputError("--candidates=N needs --accept_top=SHARE, for without it every sample is kept")
+    if values.features and not values.nearest:
+        raise InputError("--features needs --nearest=K, the number of images to look for")
+    scorer = function("scorer", values.scorer) if values.scorer else None
+    return scorer, function("features", values.features) if values.features else None
