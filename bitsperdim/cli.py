@@ -49,6 +49,7 @@ from bitsperdim.sources import Source, reduce_bits
 
 # Of the file system, whatever was under way. Others would be defects of ours.
 NO_ROOM = "make room, then the same command goes on"
+LARGEST_FIGURE = 256  # rows of it: more are no picture any more, and are all in memory at once
 NO_ACCESS = "give yourself access to it, or use another folder (--workdir, --out)"
 REMEDIES = {errno.ENOSPC: NO_ROOM, errno.EDQUOT: NO_ROOM} | dict.fromkeys(
     (errno.EACCES, errno.EPERM, errno.EROFS), NO_ACCESS
@@ -307,6 +308,8 @@ def _figure(run: Run, loaded: Loaded, values: flags.FlagValues, given: dict[str,
     if name not in loaded.figures:
         there = f"there are {', '.join(loaded.figures)}" if loaded.figures else "it has none"
         raise InputError(f"--figure={name} is no figure of a run of {run.family.__name__}; {there}")
+    if values.num > LARGEST_FIGURE:
+        raise InputError(f"--num={values.num}: a figure shows at most {LARGEST_FIGURE} images")
     options = flag_values.options(given, loaded.figures[name], f"the figure '{name}'", run)
     picture, record = loaded.figures[name](jax.random.key(values.seed), values.num, run_lib.stream(), **options)
     with _writing_to(folder):

@@ -183,6 +183,7 @@ def test_figures_are_drawn_from_the_command_line(run, measured, tmp_path, monkey
     assert half["kl_bits_per_dim"] < whole["kl_bits_per_dim"]
     for flags, message in (
         (["--figure=nonsense"], "there are reconstruction, progressive, swap, interpolation, pruning"),
+        (["--figure=swap", "--num=257"], "--num=257: a figure shows at most 256 images"),
         (["--figure=swap", "--keep=0.5"], "--keep means nothing for the figure 'swap'; it knows none of its kind"),
         (["--keep=0.5"], "--keep means nothing for a run of vdvae"),
         (["--decode=evaluation"], "latents is missing; train.py --stage=latents makes it"),
