@@ -62,8 +62,9 @@ def published_bins(levels: int, top_is_open: bool, density_beta: float = 1.0) ->
     """The arithmetic of the very deep VAEs for 2**b levels: those of 8 bits, (256 / K) k / 127.5 - 1, with bins of
     half-width 1 / (K - 1), and density times width where the mass is below 1e-5.
 
-    Below 8 bits neighbouring bins overlap, and the masses sum to more than one (32 levels: up to 1.028, 0.04 bits a
-    dimension). In Efficient-VDVAE the top level is an edge; in VDVAE, which compares it with 0.999, it is none.
+    Below 8 bits neighbouring bins overlap, and the masses sum to more than one. Of 32 levels a logistic wider than the
+    bins has 1.028, 0.04 bits a dimension; one narrower than an overlap has 2 there, a whole bit: it is certain of level
+    k, and of k + 1. In Efficient-VDVAE the top level is an edge; in VDVAE, which compares it with 0.999, it is none.
     Where a scale is exp(beta u), Efficient-VDVAE forgets beta in that density: `density_beta`.
     """
     return Bins(levels, 2.0 * (256 // levels) / 255.0, 1.0 / (levels - 1), top_is_open, 1e-5, density_beta)

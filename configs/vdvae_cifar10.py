@@ -13,7 +13,8 @@ levels, and what remains of a level without latents (Table 9: one block), the pa
 Variants: c1, released, vdvae, reference_split (`released` on a half of the test set, as published; which half is not
     known), table2a_batch4, table2a_batch4_unsmoothed, table2a_batch8, table2a_batch8_unsmoothed, table2a_batch32,
     table2a_batch32_unsmoothed, table8_22, table8_27, table8_40, table8_47, table9_0, table9_11, cpu,
-    cpu_5bit_unbounded, cpu_5bit_bounded, cpu_table2a_batch4, cpu_table2a_batch4_unsmoothed, tiny (seconds; for tests).
+    cpu_5bit_unbounded, cpu_5bit_bounded, cpu_5bit_unbounded_published_bins, cpu_5bit_bounded_published_bins,
+    cpu_table2a_batch4, cpu_table2a_batch4_unsmoothed, tiny (seconds; for tests).
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +27,7 @@ TABLE_2A = tuple(f"table2a_batch{size}{which}" for size in (4, 8, 32) for which 
 VARIANTS = (
     *("c1", "released", "vdvae", "reference_split", *TABLE_2A, *(f"table8_{depth}" for depth in TABLE_8)),
     *("table9_0", "table9_11", "cpu", "cpu_5bit_unbounded", "cpu_5bit_bounded"),
+    *("cpu_5bit_unbounded_published_bins", "cpu_5bit_bounded_published_bins"),
     *("cpu_table2a_batch4", "cpu_table2a_batch4_unsmoothed", "tiny"),
 )
 DECODER = "1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21"
@@ -145,7 +147,9 @@ def _cpu(config: ConfigDict, variant: str) -> ConfigDict:
     config.train = ConfigDict({"batch_size": 8, "steps": 4000, "skip_norm": 800.0, "ema_decay": 0.999, **every})
     if "5bit" in variant:
         config.data.bits = 5
-        config.model.min_log_scale = -7.0 if variant.endswith("_bounded") else -250.0
+        config.model.min_log_scale = -7.0 if "_bounded" in variant else -250.0
+        if variant.endswith("published_bins"):
+            config.model.bins = "published_efficient"
     elif "table2a" in variant:
         config.train.batch_size = 4
         return unsmoothed(config) if variant.endswith("unsmoothed") else config

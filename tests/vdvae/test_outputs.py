@@ -164,13 +164,23 @@ def test_probabilities_of_each_channel_given_those_before_it_sum_to_one(bits, ki
         np.testing.assert_allclose(mass(of_green).sum(), mass(of_green[:1, :1])[0], rtol=2e-5, atol=1e-12)
 
 
-def test_published_bins_of_five_bits_sum_to_more_than_one():
-    output = outputs.make(config(bins="published_efficient", mixtures=1), 1, 32)
+@pytest.mark.parametrize(
+    "bins, bound, u, low, high",
+    [
+        ("published_efficient", -250.0, -3.0, 1.02, 1.03),  # wider than the bins
+        ("published_efficient", -7.0, -300.0, 1.44, 1.46),
+        ("published_efficient", -250.0, -300.0, 1.999, 2.001),  # narrower than what two bins share: each has all of it
+        ("normalised", -7.0, -300.0, 0.9999, 1.0001),
+        ("normalised", -250.0, -300.0, 0.9999, 1.0001),
+    ],
+)
+def test_published_bins_of_five_bits_sum_to_more_than_one(bins, bound, u, low, high):
+    output = outputs.make(config(bins=bins, mixtures=1, min_log_scale=bound), 1, 32)
     every = np.arange(32)[:, None, None, None]
-    raw = np.zeros((32, 1, 1, 3), np.float32)
-    raw[..., 2] = -3.0
-    mass = np.exp(-np.asarray(output.nats(raw, every))).sum()
-    assert 1.02 < mass < 1.03
+    between = np.asarray(output.values(np.arange(15, 17))).mean()
+    raw = np.tile(np.float32([0.0, between, u]), (32, 1, 1, 1))
+    mass = np.exp(-np.asarray(output.nats(raw, every), np.float64)).sum()
+    assert low < mass < high
 
 
 @pytest.mark.parametrize("settings, levels", [({}, 256), ({"bins": "published_efficient"}, 32), ({}, 17)])
