@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Key, PyTree, UInt8
 
 from bitsperdim import dequantize, facts, great_circle, rng, sharding, trainer
 from bitsperdim import run as run_lib
@@ -38,20 +38,22 @@ def load(run: Run, mesh: Mesh) -> Loaded:
     encoded = jax.jit(lambda params, image, keys: model.encode(params, model.noisy(params, image, keys)))
 
     @jax.jit
-    def decoded(params: PyTree, latents: Latents) -> Array:
-        return dequantize.to_levels(model.decode(params, latents), about.levels)
+    def decoded(params: PyTree, latents: Latents) -> tuple[Array, Array]:
+        return stage.to_levels(model.decode(params, latents), about.levels)
 
     @jax.jit
-    def sampled(params: PyTree, key: Array, position: Array, temperature: Array) -> tuple[Array, Array]:
+    def sampled(params: PyTree, key: Array, position: Array, temperature: Array) -> tuple[Array, Array, Array]:
         latents = stage.normal_latents(model, rng.per_example(key, position), temperature)
         y = model.decode(params, latents)
-        return dequantize.to_levels(y, about.levels), _largest_difference(model.encode(params, y), latents)
+        return *stage.to_levels(y, about.levels), _largest_difference(model.encode(params, y), latents)
 
     @jax.jit
-    def between(params: PyTree, one: tuple[Array, Array], other: tuple[Array, Array], share: Array) -> Array:
+    def between(
+        params: PyTree, one: tuple[Array, Array], other: tuple[Array, Array], share: Array
+    ) -> tuple[Array, Array]:
         ends = (model.encode(params, model.noisy(params, *end)) for end in (one, other))
         latents = tuple(great_circle.between(a, b, share) for a, b in zip(*ends, strict=True))
-        return dequantize.to_levels(model.decode(params, latents), about.levels)
+        return stage.to_levels(model.decode(params, latents), about.levels)
 
     there_and_back = jax.jit(model.round_trip)
 
@@ -81,7 +83,7 @@ def load(run: Run, mesh: Mesh) -> Loaded:
             keys = rng.per_example(default_key if key is None else key, jnp.arange(count))
             drawn = jax.device_get(stage.normal_latents(model, keys, _checked_temperature(temperature)))
             given = tuple(new if old is None else old for old, new in zip(given, drawn, strict=True))
-        return in_batches(lambda z, _: decoded(params(), z), given, None)
+        return _said(*in_batches(lambda z, _: decoded(params(), z), given, None))
 
     def interpolate(
         one: UInt8[np.ndarray, "n h w c"], other: UInt8[np.ndarray, "n h w c"], share: float
@@ -92,7 +94,7 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         if len(rows[0]) != len(rows[1]):
             raise InputError(f"images to interpolate between must be as many, not {len(one)} and {len(other)}")
         both = lambda ends, keys: between(params(), *((end, keys) for end in ends), share)
-        return in_batches(both, rows, None)
+        return _said(*in_batches(both, rows, None))
 
     def in_batches(function: Callable, rows: PyTree, key: Key[Array, ""] | None) -> Any:
         """`function(rows, keys)`, each row with a key of its own, in batches."""
@@ -103,12 +105,17 @@ def load(run: Run, mesh: Mesh) -> Loaded:
     def draw(
         key: Key[Array, ""], n: int, temperature: float = config.sampling.temperature, batch_size: int = size
     ) -> tuple[UInt8[np.ndarray, "n h w c"], dict[str, Any]]:
-        """Also the round-trip error: by how much latents differ, at most, from those of the image that they became."""
+        """Also the round-trip error: by how much latents differ, at most, from those of the image that they became, and
+        which images are not finite. Inverse couplings can grow doubly exponentially; those images are black."""
         drawn = lambda position: sampled(params(), key, position, jnp.asarray(_checked_temperature(temperature), float))
-        images, errors = sharding.in_batches(drawn, np.arange(n), mesh, batch_size)
+        images, finite, errors = sharding.in_batches(drawn, np.arange(n), mesh, batch_size)
         each = sharding.whole_batch(min(batch_size, n), mesh)
-        about_it = {"temperature": temperature, "batch_size": each, "round_trip_error": float(errors.max())}
-        return images, about_it
+        about_it = {
+            "temperature": temperature,
+            "batch_size": each,
+            "not_finite_images": np.flatnonzero(~finite).tolist(),
+        }
+        return _said(images, finite), about_it | {"round_trip_error": float(errors[finite].max(initial=0.0))}
 
     def round_trip(
         images: UInt8[np.ndarray, "n h w c"],
@@ -137,6 +144,15 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         interpolate=interpolate,
     )
     return loaded._replace(figures=figures.of_run(run, loaded, round_trip))
+
+
+def _said(images: UInt8[np.ndarray, "n h w c"], finite: Bool[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w c"]:
+    if not finite.all():
+        run_lib.say(
+            f"warning: {(~finite).sum()} of {len(finite)} images are not finite, and black: latents this far out lead "
+            "beyond all numbers; a lower temperature (--temperature=0.8) or longer training helps"
+        )
+    return images
 
 
 def _largest_difference(some: Latents, others: Latents) -> Float[Array, " b"]:

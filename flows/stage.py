@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Key, PyTree, UInt8
 
 from bitsperdim import augment, data, dequantize, facts, images, likelihood, rng, sharding
 from bitsperdim.facts import Facts
@@ -136,7 +136,7 @@ def _pictures(run: Run, mesh: Mesh) -> Pictures:
     @jax.jit
     def drawn(params: PyTree, key: Array, temperature: Array) -> Array:
         latents = normal_latents(model, rng.per_example(key, jnp.arange(NUM_PICTURES)), temperature)
-        return dequantize.to_levels(model.decode(params, latents), about.levels)
+        return to_levels(model.decode(params, latents), about.levels)[0]
 
     def pictures(params: PyTree, extra: PyTree, key: Array) -> dict[str, np.ndarray]:
         found = {}
@@ -146,6 +146,12 @@ def _pictures(run: Run, mesh: Mesh) -> Pictures:
         return found
 
     return pictures
+
+
+def to_levels(y: Float[Array, "b h w c"], levels: int) -> tuple[UInt8[Array, "b h w c"], Bool[Array, " b"]]:
+    """The levels of images, and which of these are finite; the others are black."""
+    finite = jnp.isfinite(y).all((1, 2, 3))
+    return dequantize.to_levels(jnp.where(finite[:, None, None, None], y, 0.0), levels), finite
 
 
 def normal_latents(model: Density, keys: Key[Array, " n"], temperature: Array | float) -> density.Latents:

@@ -76,12 +76,20 @@ def test_reconstructions_are_the_images(loaded, images):
 
 def test_samples_depend_on_key_and_number_alone(loaded):
     drawn, about = loaded.draw(jax.random.key(1), 5, batch_size=8)
-    assert about["round_trip_error"] < 1e-3
+    assert about["round_trip_error"] < 1e-3 and about["not_finite_images"] == []
     np.testing.assert_array_equal(loaded.sample(jax.random.key(1), 11, batch_size=16)[:5], drawn)
     cold = loaded.sample(jax.random.key(1), 2, temperature=0.0)
     np.testing.assert_array_equal(cold[0], cold[1])
     with pytest.raises(InputError, match="temperature must be finite"):
         loaded.draw(jax.random.key(1), 1, temperature=-1.0)
+
+
+def test_images_beyond_all_numbers_are_black_and_said(loaded, capsys):
+    far = tuple(np.tile(np.float32([1.0, 1e30])[:, None, None, None], (1, *shape)) for shape in ((4, 4, 2), (2, 2, 8)))
+    assert [images.any() for images in loaded.decode(far)] == [True, False]
+    assert "warning: 1 of 2 images are not finite, and black" in capsys.readouterr().err
+    drawn, about = loaded.draw(jax.random.key(1), 2, temperature=1e30)
+    assert about["not_finite_images"] == [0, 1] and about["round_trip_error"] == 0.0 and not drawn.any()
 
 
 def test_more_noise_samples_tighten_the_bound(loaded, images):
