@@ -146,7 +146,7 @@ def memory(arguments: argparse.Namespace) -> None:
 
             def temporary(size: int, loss: Callable = loss, params: dict = params) -> float:
                 # The memory is assigned before the machine code is made, so that need not be fast.
-                options = {"xla_backend_optimization_level": "0"}
+                options = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
                 compiled = jax.jit(jax.value_and_grad(loss)).lower(params, *batch_of(about, size)).compile(options)
                 return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
