@@ -31,7 +31,7 @@ class Processes:
         flags = [*flags, f"--config={config or TOY / 'toy.py'}", f"--workdir={workdir}"]
         flags += [f"--config.{key}={value}" for key, value in changes.items()]
         # Compiled as in the process of the tests, so that bits can be compared.
-        xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TOY), *sys.path]), "XLA_FLAGS": xla}
         self.each = [
             subprocess.Popen(
