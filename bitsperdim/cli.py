@@ -37,6 +37,7 @@ from bitsperdim import (
     neighbours,
     plan,
     rejection,
+    run_plots,
     sampler_table,
     sharding,
     trainer,
@@ -89,6 +90,8 @@ def evaluate() -> None:
                                 Another split than evaluation is written to evaluation-SPLIT.json; once there is
                                 evaluation-train.json too, both are shown side by side
       --samples=K               of the importance-weighted bound, where the family has one (flows, vdvae)
+      --plots                   measures nothing: draws curves, samplers and the family's plots from what the run has
+                                recorded, as PNG files
       --out=FOLDER              for these files; default the run's folder
       --config.data.KEY=FOLDER  where the data are now; KEY is path, evaluation_path, data_dir or cache_dir
       --multihost=HOW           one of several processes that measure together, as for train.py
@@ -193,14 +196,28 @@ def _evaluate(argv: list[str]) -> None:
     flags.DEFINE_string("split", "evaluation", "Split to measure on.", flag_values=values)
     flags.DEFINE_string("out", "", "Folder for the figures; default the run folder.", flag_values=values)
     flags.DEFINE_integer("samples", None, "Of the importance-weighted bound.", flag_values=values)
+    flags.DEFINE_boolean("plots", False, "Draw what was recorded.", flag_values=values)
     flags.DEFINE_string("multihost", None, "How processes find each other.", flag_values=values)
     run, folder = _parse_and_open(values, argv)
+    if values.plots:
+        _plot(run, values, folder)
+        return
     if values.samples is not None:
         run = run_lib.with_evaluation(run, samples=values.samples)
     measured = trainer.evaluate(run, values.split)
     with hosts.together():
         if hosts.is_first():
             _write_evaluation(measured, values.split, folder)
+
+
+def _plot(run: Run, values: flags.FlagValues, folder: epath.Path) -> None:
+    for name in ("split", "samples", "multihost"):
+        if values[name].present:
+            raise InputError(f"--{name} means nothing beside --plots, which measures nothing; --out does")
+    with _writing_to(folder):
+        for name, picture in run_plots.draw(run).items():
+            images.save_png(folder / f"{name}.png", picture)
+            print(f"written to {folder / f'{name}.png'}")
 
 
 def _write_evaluation(measured: dict[str, Any], split: str, folder: epath.Path) -> None:

@@ -30,7 +30,7 @@ def curves(records: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
     names = dict.fromkeys(name for record in records for name in record if _is_shown(name))
     names = [name for name in names if any(record.get(name) for record in records)]
     rows = max(1, -(-len(names) // COLUMNS))
-    figure, canvas = _figure(4 * COLUMNS, 2.6 * rows)
+    figure, canvas = blank(4 * COLUMNS, 2.6 * rows)
     panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for panel, name in zip(panels, names, strict=False):
         for kind, marker in KINDS.items():
@@ -56,7 +56,7 @@ def samplers(rows: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
     Samplers of one kind share a colour; the rows of their windows, in 'KIND:ROWS', tell them apart by the line. Every
     second kind has dashes, between which a line that coincides with it is seen.
     """
-    figure, canvas = _figure(13, 5)
+    figure, canvas = blank(13, 5)
     panels = figure.subplots(1, 2)
     names = list(dict.fromkeys(row["sampler"] for row in rows))
     kinds = list(dict.fromkeys(name.partition(":")[0] for name in names))
@@ -96,8 +96,8 @@ def titled(picture: UInt8[np.ndarray, "h w 3"], title: str) -> UInt8[np.ndarray,
     return np.asarray(canvas)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure, and its canvas to render."""
+def blank(width: float, height: float) -> tuple[Any, Any]:
+    """An empty figure of so many inches, and its canvas for `render`."""
     # Of a home that cannot be written to: a temporary folder does as well.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import, for those who only sample
