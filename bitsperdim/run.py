@@ -206,14 +206,20 @@ def _in_full(path: str) -> str:
     return path if not path or atomic.is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
-def _note_environment(run: Run) -> list[str]:
-    now = {
+def machine() -> dict[str, Any]:
+    """Versions, devices, and the processors that this process may use."""
+    return {
         "bitsperdim": importlib.metadata.version("bitsperdim"),
         "jax": jax.__version__,
         "python": platform.python_version(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def _note_environment(run: Run) -> list[str]:
+    now = machine() | {
+        "processes": jax.process_count(),
         "mesh": config_lib.to_plain(run.config.mesh),
         "deterministic": DETERMINISTIC in os.environ.get("XLA_FLAGS", ""),
     }

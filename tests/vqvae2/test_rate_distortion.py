@@ -55,8 +55,8 @@ def test_the_command_prints_a_line_a_run_and_draws_the_curve(rate_distortion, ev
     monkeypatch.setattr(sys, "argv", ["rate_distortion.py", *runs, f"--out={tmp_path / 'curve.png'}"])
     rate_distortion.main()
     small, large, *_ = capsys.readouterr().out.splitlines()
-    assert json.loads(small)["run"] == "small" and json.loads(large)["num_codes"] == 512
-    assert json.loads(small)["bits_per_image"] == 300.0
+    assert json.loads(small)["of"]["run"] == "small" and json.loads(large)["of"]["num_codes"] == 512
+    assert json.loads(small)["figures"]["bits_per_image"] == 300.0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
