@@ -118,15 +118,15 @@ def report(workdirs: Sequence[str]) -> Iterator[str]:
     measured = {workdir: evaluated(run) for workdir, run in runs}
     yield "# Results"
     yield ""
-    yield "Generated, not written: every figure is one that this code has measured, from the `evaluation.json` of a run;"
-    yield "published figures stand beside it, for comparison, and none of them is ours. Again:"
+    yield "Generated, not written: each figure is one that this code has measured, from the `evaluation.json` of a run."
+    yield "Published figures stand beside them for comparison; none of those is ours. The command:"
     yield ""
     yield "```bash"
     yield " ".join([COMMAND, *workdirs, "> RESULTS.md"])
     yield "```"
     yield ""
-    yield "Folders in `published/` lie in this repository with their weights: `evaluate.py --workdir=FOLDER` measures the"
-    yield "same figures again, `bitsperdim.load(FOLDER)` opens them."
+    yield "Folders in `published/` lie in this repository with their weights: `evaluate.py --workdir=FOLDER` measures"
+    yield "the same figures again, `bitsperdim.load(FOLDER)` opens them."
     yield ""
     heads = ("run", "images", "measured here", "published", "the run has")
     yield from record.markdown(heads, [summary(run, measured[workdir]) for workdir, run in runs])
@@ -276,7 +276,7 @@ def differences(run: Run, reference: Reference) -> Iterator[str]:
 
 
 class Size(NamedTuple):
-    """Parameters of all stages, images that the one with most steps sees in training, repeated ones too; flat config."""
+    """Parameters of all stages; training images that the one with most sees, repeated ones counted; the flat config."""
 
     parameters: int
     seen: int
