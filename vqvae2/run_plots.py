@@ -1,6 +1,6 @@
 """Rate against distortion of one run: what its codes take, and what they give, with and without the finest level.
 
-Not here: curves over several runs (`benchmarks/rate_distortion.py`).
+Not here: curves over several runs (`python -m benchmarks rate_distortion`).
 """
 
 import math
