@@ -14,6 +14,8 @@ import importlib
 import pathlib
 import sys
 
+from bitsperdim import scripts
+
 HELPERS = ("__init__", "__main__", "record", "untrained")
 FOLDER = pathlib.Path(__file__).parent
 
@@ -43,6 +45,7 @@ def main(argv: list[str]) -> int:
         near = difflib.get_close_matches(name, listed(), n=1, cutoff=0.0)[0]
         print(f"error: there is no benchmark '{name}'; did you mean '{near}'?", file=sys.stderr)
         return 2
+    scripts.keep_freed_memory()  # as the scripts do, before JAX has threads
     sys.argv = [f"python -m benchmarks {name}", *argv[1:]]
     importlib.import_module(f"benchmarks.{name}").main()
     return 0

@@ -7,13 +7,8 @@ cache of programs that the scripts keep. `program_kb` is its text before XLA see
 """
 
 import argparse
-import time
-
-from bitsperdim import scripts
-
-scripts.keep_freed_memory()  # as the scripts do, before JAX has threads
-
 import itertools
+import time
 
 from jax.sharding import Mesh
 

@@ -13,10 +13,6 @@ import argparse
 import functools
 import time
 
-from bitsperdim import scripts
-
-scripts.keep_freed_memory()  # as the scripts do, before JAX has threads
-
 import jax
 import jax.numpy as jnp
 import numpy as np

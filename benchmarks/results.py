@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from benchmarks import record
-from bitsperdim import catalogue, config_files, evaluation, facts, metrics, plan, sharding, trained
+from bitsperdim import catalogue, config_files, evaluation, metrics, plan, sharding, trained
 from bitsperdim import config as config_lib
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
@@ -156,7 +156,8 @@ def rows(run: Run, measured: Mapping[str, Any]) -> list[Row]:
                 kind_of = kind.format(*match.groups()) if kind else ESTIMATES.get(run.family.__name__, "")
                 found.append(Row(figure, value, _standard_error(figure, stages), unit_of, kind_of))
     # The literature tells likelihoods of binary images in nats, those of others in bits/dim.
-    drop = "bits_per_dim" if facts.of_run(run).levels == 2 else "nats"
+    levels = run_lib.read_json(run.folder(run.stages()[0].name) / "data.json").get("levels")
+    drop = "bits_per_dim" if levels == 2 else "nats"
     return [row for row in found if not re.fullmatch(rf"{drop}(_importance_weighted_\d+)?", row.figure)]
 
 
@@ -219,7 +220,7 @@ def section(workdir: str, run: Run, measured: Mapping[str, Any]) -> Iterator[str
     yield (
         " \\\n    ".join([f"python train.py --config={name}", *changes]) if name else "# of no config that is installed"
     )
-    yield f"python evaluate.py --workdir={workdir}{_samples(measured)}"
+    yield evaluation.command(workdir, measured)
     yield "```"
     yield ""
     cells = [(r.figure, f"{r.value:.6g}", f"{r.error:.2g}" if r.error else None, r.unit, r.kind) for r in results]
@@ -232,12 +233,6 @@ def section(workdir: str, run: Run, measured: Mapping[str, Any]) -> Iterator[str
         row = next(row for row in results if row.figure == reference.figure)
         yield f"Published: {reference.value:g} {reference.unit} ({reference.source}); here {told(row)}."
         yield f"Why they differ: {'; '.join(differences(run, reference)) or 'not known'}. {reference.remark}".rstrip()
-
-
-def _samples(measured: Mapping[str, Any]) -> str:
-    names = [name for value in (measured, *measured.values()) if isinstance(value, dict) for name in value]
-    found = re.search(r"importance_weighted_(\d+)", " ".join(names))
-    return f" --samples={found[1]}" if found else ""
 
 
 def _duration(run: Run) -> str:

@@ -14,10 +14,6 @@ with caches, 3 with caches in larger batches.
 import argparse
 import inspect
 
-from bitsperdim import scripts
-
-scripts.keep_freed_memory()  # as the scripts do, before JAX has threads
-
 import jax
 
 from benchmarks import untrained

@@ -19,10 +19,6 @@ XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 0. XLA's CPU backend emu
 import argparse
 from typing import Any
 
-from bitsperdim import scripts
-
-scripts.keep_freed_memory()  # as the scripts do, before JAX has threads
-
 import jax
 from jax.sharding import Mesh
 

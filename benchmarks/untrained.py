@@ -65,8 +65,7 @@ def _change(config: ConfigDict, key: str, value: object) -> None:
         if part not in config:
             raise InputError(f"the config has no section '{part}' (of {key})")
         config = config[part]
-    with config.unlocked():
-        config.pop(name, None)
+    with config.unlocked(), config.ignore_type():  # the family's Config checks both
         config[name] = value
 
 

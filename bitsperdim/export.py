@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from bitsperdim import atomic, leaves, metrics, published, sharding, trained, trainer
+from bitsperdim import atomic, evaluation, leaves, metrics, published, sharding, trained, trainer
 from bitsperdim import config as config_lib
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
@@ -108,7 +108,7 @@ def _readme(run: Run, weights: Weights, figures: Mapping[str, Any], folder: epat
         f"Images: {source}. Weights: Polyak averages, float32, in `{run_lib.PUBLISHED}` (safetensors; no pickle).",
         "",
         "```bash",
-        f"python evaluate.py --workdir={place}    # the figures of evaluation.json again",
+        f"{evaluation.command(place, figures.get('evaluation.json', {}))}    # the figures of evaluation.json again",
         f"python sample.py --workdir={place}",
         "```",
         "",

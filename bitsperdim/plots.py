@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 
 COLUMNS = 3
 TITLE = 24  # pixels
+INK, GRID = "#333333", "#dddddd"
 KINDS = {"train": "", "evaluation": "o"}  # of line, and its marker
 # Drawn beside what they belong to, or of no use as a curve.
 HIDDEN = ("step", "kind", "steps", "images", "non_finite_in_a_row")
@@ -78,12 +79,31 @@ def samplers(rows: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
         panel.set(xscale="log", yscale="log", xlabel="batch (hollow: estimated)", title=title)
         panel.set_xticks(batches, [str(batch) for batch in batches])
         panel.set_xticks([], minor=True)
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("{x:g}")
-        panel.tick_params(axis="y", which="both", labelsize=7)
+        mark_decades(panel.yaxis)
+        panel.tick_params(axis="y", labelsize=8)
         panel.grid(alpha=0.3)
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return render(canvas)
+
+
+def plain(axis: Any, title: str) -> None:
+    """A panel with its title to the left, a faint grid and no box around it."""
+    axis.set_title(title, fontsize=10, loc="left", color=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color=GRID, linewidth=0.6)
+    axis.tick_params(labelsize=8, colors=INK)
+    axis.set_axisbelow(True)
+    axis.xaxis.label.set(fontsize=9, color=INK)
+    axis.yaxis.label.set(fontsize=9, color=INK)
+
+
+def mark_decades(axis: Any) -> None:
+    """The ticks of a logarithmic axis (`panel.xaxis` or `.yaxis`): 1, 2 and 5 of each decade, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:,.10g}")
 
 
 def titled(picture: UInt8[np.ndarray, "h w 3"], title: str) -> UInt8[np.ndarray, "H W 3"]:

@@ -22,7 +22,7 @@ from bitsperdim.run import Run
 Picture = UInt8[np.ndarray, "h w 3"]
 COLUMNS = 3
 SETTLED = 0.1  # the share of the steps whose values may leave the panel: the first ones would flatten all others
-INK, GRID = "#333333", "#dddddd"
+HEADROOM = 0.22  # of a panel's height, for its legend
 
 
 class Panel(NamedTuple):
@@ -32,6 +32,7 @@ class Panel(NamedTuple):
     pattern: str
     is_log: bool = False
     is_sequence: bool = False  # its lines have an order, which their colours show
+    from_zero: bool = False
 
 
 PANELS = (
@@ -41,15 +42,15 @@ PANELS = (
     Panel("mean squared error in [-1, 1)", r"(mse|mse_without_\w+)", is_log=True),
     Panel("parts of the bound, nats an image", r"(reconstruction|kl|noise_entropy)_nats"),
     Panel("KL by resolution, nats an image", r"kl_nats_(\d+x\d+)", is_log=True, is_sequence=True),
-    Panel("codes in use", r"used_codes_(\w+)"),
-    Panel("perplexity of the codes", r"perplexity_codes_(\w+)"),
+    Panel("codes in use", r"used_codes_(\w+)", from_zero=True),
+    Panel("perplexity of the codes", r"perplexity_codes_(\w+)", from_zero=True),
     Panel("divergence of the forecasting modules, nats", r"(forecast_kl_nats)", is_log=True),
     Panel("dequantization, bits/dim", r"(dequantization_gap|noise_entropy)_bits_per_dim"),
     Panel("SSIM of the reconstructions", r"(ssim)"),
-    Panel("learning rate", r"(learning_rate)"),
+    Panel("learning rate", r"(learning_rate)", from_zero=True),
     Panel("norm of the gradient", r"((?:largest_)?gradient_norm)", is_log=True),
-    Panel("skipped steps", r"(skipped_steps)"),
-    Panel("images a second, training", r"(images_per_second)"),
+    Panel("skipped steps", r"(skipped_steps)", from_zero=True),
+    Panel("images a second, training", r"(images_per_second)", from_zero=True),
 )
 
 
@@ -81,7 +82,7 @@ def curves(records: Sequence[Mapping[str, Any]], title: str) -> Picture:
     panels = [(panel, names) for panel in PANELS if (names := matching(panel, logged))]
     rows = max(1, -(-len(panels) // COLUMNS))
     figure, canvas = plots.blank(4.4 * COLUMNS, 0.5 + 2.7 * rows)
-    figure.suptitle(title, fontsize=13, x=0.01, ha="left", color=INK)
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left", color=plots.INK)
     axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axis, (panel, names) in zip(axes, panels, strict=False):
         _draw(axis, panel, names, records)
@@ -90,7 +91,7 @@ def curves(records: Sequence[Mapping[str, Any]], title: str) -> Picture:
     if any(record["kind"] == "evaluation" for record in records):
         lines = [axes[0].plot([], [], c="grey", **_style(kind))[0] for kind in plots.KINDS]
         texts = ["training images", "held-out images"]
-        figure.legend(lines, texts, loc="upper right", ncols=2, fontsize=9, frameon=False, labelcolor=INK)
+        figure.legend(lines, texts, loc="upper right", ncols=2, fontsize=9, frameon=False, labelcolor=plots.INK)
     return plots.render(canvas)
 
 
@@ -105,40 +106,42 @@ def _draw(axis: Any, panel: Panel, names: Mapping[str, str], records: Sequence[M
     shown = []
     for i, (label, name) in enumerate(names.items()):
         colour = _colour(i, len(names), panel.is_sequence)
-        for kind in plots.KINDS:
-            of_kind = [(r["step"], r[name]) for r in records if r["kind"] == kind and r.get(name) is not None]
-            if of_kind:
-                axis.plot(*zip(*of_kind, strict=True), c=colour, **_style(kind))
-                shown += of_kind
+        found = {kind: _points(records, kind, name) for kind in plots.KINDS}
+        for kind, points in found.items():
+            if points:
+                alone = {"alpha": 1.0, "linewidth": 1.3} if not found["evaluation"] else {}
+                axis.plot(*zip(*points, strict=True), c=colour, **_style(kind) | alone)
+                shown += points
         axis.plot([], [], c=colour, label=label.replace("_", " "))
-    axis.set_title(panel.title, fontsize=10, loc="left", color=INK)
+    plots.plain(axis, panel.title)
+    axis.set_xlabel("step", fontsize=8)
+    has_legend = len(names) > 1 or "|" in panel.pattern
     if shown:
-        _scale(axis, panel, shown)
-    if len(names) > 1 or panel.pattern.startswith("(mse"):
-        axis.legend(fontsize=7, frameon=False, labelcolor=INK, ncols=1 + (len(names) > 4))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(color=GRID, linewidth=0.6)
-    axis.tick_params(labelsize=8, colors=INK)
-    axis.set_axisbelow(True)
-    axis.set_xlabel("step", fontsize=8, color=INK)
+        _scale(axis, panel, shown, HEADROOM if has_legend else 0.06)
+    if has_legend:
+        axis.legend(loc="upper right", fontsize=7, frameon=False, labelcolor=plots.INK, ncols=min(3, len(names)))
 
 
-def _scale(axis: Any, panel: Panel, points: Sequence[tuple[int, float]]) -> None:
-    """Limits by the values after the first steps; counts are whole and begin at zero."""
+def _points(records: Sequence[Mapping[str, Any]], kind: str, name: str) -> list[tuple[int, float]]:
+    return [(r["step"], r[name]) for r in records if r["kind"] == kind and r.get(name) is not None]
+
+
+def _scale(axis: Any, panel: Panel, points: Sequence[tuple[int, float]], above: float) -> None:
+    """Limits by the values after the first steps; counts and rates begin at zero."""
     begin = SETTLED * max(step for step, _ in points)
     values = np.array([value for step, value in points if step >= begin], float)
     low, high = values.min(), values.max()
-    if panel.is_log and low > 0:
+    if panel.is_log and low > 0 and high > 3 * low:
         axis.set_yscale("log")
-        axis.set_ylim(low / (high / low) ** 0.05 / 1.02, high * (high / low) ** 0.1 * 1.02)
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if high < 20 * low else "")
-        axis.tick_params(which="minor", labelsize=7, colors=INK)
+        axis.set_ylim(low / (high / low) ** 0.06, high * (high / low) ** above)
+        plots.mark_decades(axis.yaxis)
         return
-    if "codes" in panel.title or "skipped" in panel.title or (low >= 0 and low < 0.2 * high):
-        low = 0.0
-    margin = 0.06 * (high - low) or 0.5
-    axis.set_ylim(low - (margin if low else 0.0), high + margin)
+    if panel.from_zero:
+        axis.set_ylim(-0.03 * (high or 1.0), high * (1.0 + above) or 1.0)
+        axis.yaxis.get_major_locator().set_params(integer=high >= 3 or not high)
+        return
+    margin = high - low or 0.5
+    axis.set_ylim(low - 0.06 * margin, high + above * margin)
 
 
 def _style(kind: str) -> dict[str, Any]:

@@ -40,12 +40,10 @@ def kl_by_layer(kl: list[float], resolutions: list[str]) -> Picture:
         total = sum(kl[layer] for layer in own)
         axis.bar(own, [kl[layer] for layer in own], color=colour, label=f"{name}: {total:.3g} nats")
     axis.set(xlabel="layer, in the order in which they are drawn", ylabel="nats an image")
-    axis.set_title("KL by layer, held-out images", loc="left", fontsize=11)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False, fontsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axis.set_axisbelow(True)
+    plots_lib.plain(axis, "KL by layer, held-out images")
+    axis.grid(axis="x", visible=False)
     return plots_lib.render(canvas)
 
 
@@ -57,7 +55,6 @@ def pruned(rows: list[dict[str, Any]]) -> Picture:
     for axis, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         axis.plot([row["bytes_per_image"] for row in rows], [row[name] for row in rows], marker="o")
         axis.set(xscale="log", xlabel="bytes an image, of the channels that are kept")
-        axis.set_title(title, loc="left", fontsize=11)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="#dddddd", linewidth=0.6)
+        plots_lib.plain(axis, title)
+        plots_lib.mark_decades(axis.xaxis)
     return plots_lib.render(canvas)

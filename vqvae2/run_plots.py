@@ -53,11 +53,10 @@ def picture(curves: dict[str, list[tuple[str, float, float]]]) -> UInt8[np.ndarr
         axis.plot(bits, psnr, marker="o", label=title, c=f"C{i}")
         for (name, *_), x, y in zip(points, bits, psnr, strict=True):
             if i == len(curves) - 1:
-                axis.annotate(name, (x, y), (6, -12), textcoords="offset points", fontsize=9, color="#333333")
+                offset = {"xytext": (-8, 6), "textcoords": "offset points", "ha": "right"}
+                axis.annotate(name, (x, y), fontsize=9, color=plots_lib.INK, **offset)
     axis.set(xlabel="bits an image", ylabel="PSNR of the reconstruction, dB")
-    axis.margins(x=0.12, y=0.12)
-    axis.set_title("rate against distortion, held-out images", loc="left", fontsize=11)
-    axis.legend(loc="upper left", frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(color="#dddddd", linewidth=0.6)
+    axis.margins(x=0.14, y=0.12)
+    axis.legend(loc="lower right", frameon=False, fontsize=9)
+    plots_lib.plain(axis, "rate against distortion, held-out images")
     return plots_lib.render(canvas)

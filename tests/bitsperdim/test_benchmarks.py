@@ -6,13 +6,12 @@ import re
 
 import pytest
 
-from bitsperdim import catalogue, trainer
+from bitsperdim import catalogue
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path.parent for path in ROOT.glob("published/*/config.json"))
-SHORT = {"train.steps": 4, "train.evaluate_every": 4, "train.pictures_every": 4, "train.save_every": 4}
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +84,19 @@ def test_a_table_for_readers_is_markdown_with_grouped_thousands(record):
 
 def test_results_of_a_run_name_what_it_measured_and_refuse_one_that_did_not(results, toy_config, tmp_path):
     workdir = str(tmp_path / "toy")
-    run = trainer.train(toy_config(SHORT), workdir)
+    run = run_lib.check(workdir, toy_config())
+    run_lib.create(run)
+    run_lib.write_json(run.folder("model") / "data.json", {})
     with pytest.raises(InputError, match=r"evaluation\.json is missing; python evaluate\.py --workdir="):
         list(results.report([workdir]))
-    measured = trainer.evaluate(run, "evaluation")
+    model = {"split": "digits evaluation", "images": 360, "nats": 80.0, "nats_standard_error": 2.0, "bits_per_dim": 1.5}
+    measured = {"split": "evaluation", "model": model, "bits_per_dim": 1.5}
     run_lib.write_json(run.workdir / "evaluation.json", measured)
     text = "\n".join(results.report([workdir]))
     (row,) = results.rows(run, measured)
-    assert row.figure == "bits_per_dim" and row.value == measured["bits_per_dim"]
-    assert row.error == pytest.approx(measured["model"]["nats_standard_error"] * row.value / measured["model"]["nats"])
-    assert results.told(row) in text and "digits evaluation, 360" in text
-    assert "1 x cpu" in text or "8 x cpu" in text
+    assert (row.figure, row.value, row.error) == ("bits_per_dim", 1.5, pytest.approx(1.5 * 2.0 / 80.0))
+    assert "1.500 ± 0.037 bits/dim" in text and "digits evaluation, 360 images" in text and "8 x cpu" in text
+    assert "No published figure" in text and "of no config that is installed" in text
 
 
 def test_a_value_is_told_as_far_as_its_error_goes(results):
@@ -103,7 +104,7 @@ def test_a_value_is_told_as_far_as_its_error_goes(results):
     assert tell(80.95218, 0.19909) == "80.95 ± 0.20 nats"
     assert tell(2.0224, 0.01337) == "2.022 ± 0.013 nats"
     assert tell(3460.48, 7.39) == "3460.5 ± 7.4 nats"
-    assert tell(0.012345, None) == "0.01234 nats"
+    assert tell(0.0123449, None) == "0.01234 nats"
 
 
 def test_published_figures_stand_in_the_docstrings_of_their_configs(results):
