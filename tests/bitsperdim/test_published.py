@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 import bitsperdim
-from bitsperdim import cli, export, published, trained, trainer
+from bitsperdim import cli, export, published, trained, trainer, warm_start
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 
@@ -95,16 +95,18 @@ def test_it_is_opened_measured_and_sampled_like_the_run_and_stays_as_it_is(workd
     assert contents(copy) == before
 
 
-def test_it_is_not_trained_further_but_a_run_can_begin_with_it(copy, toy_config, saved_state, capsys):
+def test_it_is_not_trained_further_but_a_run_can_begin_with_it(copy, toy_config):
     with pytest.raises(InputError, match=r"is a published run.*--init_from="):
         trainer.train(toy_config(SHORT), str(copy))
-    changes = SHORT | {"optim.learning_rate": 0.0, "train.ema_decay": 0.0}
-    trainer.train(toy_config(changes), "next", init_from=str(copy))
-    assert f"starting with the weights of step 4 of {copy}" in capsys.readouterr().err
-    begun = flat(saved_state("next")["params"])
-    published_weights = published.read(run_lib.place(copy)).arrays
-    for path, value in begun:
-        np.testing.assert_array_equal(value, published_weights[f"model/ema/{path}"])
+    run = run_lib.check("next", toy_config(SHORT))
+    stage = run.stage("model")
+    like = trained.abstract_state(run, stage, stage.model(run), jax.make_mesh((1, 1), ("data", "fsdp")))
+    warm_start.check(run, stage, like, str(copy))
+    begun = warm_start.begin(run, stage, like, str(copy))
+    assert begun.record == {"init_from": {"run": str(copy), "step": 4}}
+    arrays = published.read(run_lib.place(copy)).arrays
+    for path, value in flat(begun.weights["ema"]):
+        np.testing.assert_array_equal(value, arrays[f"model/ema/{path}"])
 
 
 @pytest.mark.parametrize("cut", [0, 5, 100, -4])
