@@ -66,7 +66,7 @@ def choose(run: Run, batch: int, grid: Grid, has_modules: bool) -> Sampler:
 
     Modules may have been measured and be missing here: pairs for modules yet to be trained are drawn without any.
     """
-    table = sampler_table.read(run.workdir / sampler_table.FILE)
+    table = sampler_table.of_run(run)
     if table is None or not table.complete:
         return default(batch, grid)
     if table.conditions != sampler_table.conditions(run, table.conditions["seed"]):

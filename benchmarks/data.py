@@ -1,6 +1,6 @@
-"""What reading images costs: both formats of TFDS, JPEG files by one and two threads, memory. A JSON line a case.
+"""What reading images costs: both formats of TFDS, JPEG files by one and two threads, memory.
 
-    python benchmarks/data.py --name=cifar10:3.0.2 --data_dir=FOLDER
+    python -m benchmarks data --name=cifar10:3.0.2 --data_dir=FOLDER
 
 `index` opens the records of a split, without an index and then with it; `records` reads them all in random order;
 `decode` fills an empty cache. These three take the same records as array_record and as TFRecord (a temporary copy).
@@ -25,12 +25,17 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from benchmarks.record import Record
 from bitsperdim import cache, data, encoded, sharding, tfds_source, tfrecord
 from bitsperdim.decode import Preparation, decode
 from bitsperdim.sharding import MeshConfig
 
+ABOUT = ("format", "index", "height", "source")  # what tells cases from others
+RECORD = Record("data")
+
 
 def main() -> None:
+    """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--name", default="cifar10")
     parser.add_argument("--data_dir", default="")
@@ -45,6 +50,7 @@ def main() -> None:
             jpeg(folder, root)
             ahead(folder, root)
         memory(write_photographs(root / "small", 90, 120, count=200), root)
+    RECORD.end()
 
 
 def formats(config: data.DataConfig, root: pathlib.Path) -> None:
@@ -183,8 +189,8 @@ def resident_mib() -> float:
 
 
 def say(case: str, **figures) -> None:
-    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
-    print(json.dumps({"case": case, **rounded}), flush=True)
+    of = {name: figures.pop(name) for name in ABOUT if name in figures}
+    RECORD.say(case, of, **figures)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """Parameters of the published flows, beside those of Table 4 of MaCow's appendix. Seconds: from shapes alone.
 
-    python benchmarks/flows_sizes.py              a JSON line a config, then all as a table
-    python benchmarks/flows_sizes.py --glow       what Glow's four would have with other priors of what is split off
+    python -m benchmarks flows_sizes              a JSON line a config, then all as a table
+    python -m benchmarks flows_sizes --glow       what Glow's four would have with other priors of what is split off
 
 Table 4 was not made from the released configs throughout: `why` says where they differ.
 """
 
 import argparse
-import json
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
+from benchmarks.record import Record, markdown
 from bitsperdim import config_files, plan
 from bitsperdim import run as run_lib
 from flows import density
@@ -50,6 +50,7 @@ WHY = {
     "flows_lsun128:glow": "no config was released; see --glow",
     "flows_celebahq256:glow": "no config was released; cut off instead of rounded",
 }
+RECORD = Record("flows_sizes")
 COLUMNS = ("config", "flow", "dequantizer", "parameters_m", "table_4_m", "why")
 # The coupling before a split of C channels: hidden channels for each of C, at most 512 (8 in the released code); 0: one
 # 3x3 convolution in its place. And whether the top has a trained prior, as in OpenAI's Glow.
@@ -62,17 +63,17 @@ READINGS = {
 
 
 def main() -> None:
+    """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--glow", action="store_true", help="other readings of Glow's priors")
     if parser.parse_args().glow:
         names = [name for name in PUBLISHED if name.endswith(":glow") and PUBLISHED[name]]
         count = lambda reading: [f"{glow_parameters(name, *READINGS[reading]) / 1e6:.2f}" for name in names]
         rows = [[reading, *count(reading)] for reading in READINGS]
-        print("\n".join(table(["prior", *names], [*rows, ["Table 4", *(str(PUBLISHED[name]) for name in names)]])))
+        print("\n".join(markdown(["prior", *names], [*rows, ["Table 4", *(str(PUBLISHED[name]) for name in names)]])))
         return
     cases = [case(name) for name in PUBLISHED]
-    cell = lambda value: "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-    print("\n" + "\n".join(table(list(COLUMNS), [[cell(found[column]) for column in COLUMNS] for found in cases])))
+    print("\n" + "\n".join(markdown(COLUMNS, [[found[column] for column in COLUMNS] for found in cases])))
 
 
 def case(name: str) -> dict:
@@ -82,7 +83,7 @@ def case(name: str) -> dict:
     found = {"config": name, "flow": count(params["flow"]), "dequantizer": count(params["dequantizer"])}
     found |= {"parameters_m": round(count(params) / 1e6, 3 if count(params) < 1e6 else 2)}
     found |= {"table_4_m": PUBLISHED[name], "why": WHY.get(name)}
-    print(json.dumps(found), flush=True)
+    RECORD.say("parameters", {"config": name}, **{key: value for key, value in found.items() if key != "config"})
     return found
 
 
@@ -110,11 +111,6 @@ def _step(channels: int, hidden: int, affine: bool) -> int:
 def _convolution(taps: int, inputs: int, outputs: int) -> int:
     """Kernel, gain and bias."""
     return outputs * (taps * inputs + 2)
-
-
-def table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Markdown."""
-    return [f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows]]
 
 
 if __name__ == "__main__":

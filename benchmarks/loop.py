@@ -1,6 +1,6 @@
-"""What the loop costs beside the model: reading images, the host's work per step, waiting for data. A JSON line a case.
+"""What the loop costs beside the model: reading images, the host's work per step, waiting for data.
 
-    python benchmarks/loop.py --name=cifar10:3.0.2 --data_dir=FOLDER
+    python -m benchmarks loop --name=cifar10:3.0.2 --data_dir=FOLDER
 
 `decode` opens the data set with an empty cache; `first_pass` and `warm` read all of it in shuffled batches from the
 memmap; `empty_step` is the whole training loop around a step that computes next to nothing (aim: below 0.3 ms), with
@@ -10,7 +10,6 @@ batches so small that reading them costs nothing, then with whole ones, which a 
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from benchmarks.record import Record
 from bitsperdim import data, sharding, trainer
 from bitsperdim.model import Aux, Model, Stage
 from bitsperdim.optim import OptimConfig
@@ -36,7 +36,11 @@ class Config:
     mesh: MeshConfig
 
 
+RECORD = Record("loop")
+
+
 def main() -> None:
+    """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--name", default="cifar10")
     parser.add_argument("--data_dir", default="")
@@ -50,6 +54,7 @@ def main() -> None:
         for batch_size in (8, arguments.batch_size):
             empty_step(source, batch_size, mesh, pathlib.Path(folder) / f"run-{batch_size}")
         waiting(source, arguments.batch_size, mesh)
+    RECORD.end()
 
 
 def decode(config: data.DataConfig) -> data.Source:
@@ -135,8 +140,8 @@ def _stage(source: data.Source, batch_size: int, steps: int) -> Stage:
 
 
 def say(case: str, **figures: float) -> None:
-    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
-    print(json.dumps({"case": case, **rounded}), flush=True)
+    of = {"batch_size": figures.pop("batch_size")} if "batch_size" in figures else {}
+    RECORD.say(case, of, **figures)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What forecasting modules save, by what they are given to see. A JSON line a case.
+"""What forecasting modules save, by what they are given to see.
 
-    python benchmarks/modules.py --config=arm_digits
+    python -m benchmarks modules --config=arm_digits
 
 Every case trains the same model with other modules (h is cut off, so the likelihood is the same) and draws the same
 samples: `calls_percent` is the mean number of network calls in % of the dimensions, by the modules with and without the
@@ -8,7 +8,6 @@ fallback to fixed-point iteration, and by fixed-point iteration alone.
 """
 
 import argparse
-import json
 import tempfile
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 
 from arm_forecast import samplers, sampling
 from arm_forecast.samplers import Sampler
+from benchmarks.record import Record
 from bitsperdim import config_files, sharding, trainer
 
 CASES = {
@@ -28,12 +28,13 @@ CASES = {
 
 
 def main() -> None:
+    """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", default="arm_digits")
     parser.add_argument("--steps", type=int, default=0, help="of training; default: those of the config")
     parser.add_argument("--data_dir", default="")
     parser.add_argument("--num", type=int, default=128, help="samples")
-    arguments = parser.parse_args()
+    arguments, record = parser.parse_args(), Record("modules")
     for case, (inputs, posterior) in CASES.items():
         config = config_files.load(arguments.config)
         if arguments.data_dir:
@@ -44,7 +45,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             run = trainer.train(config, folder)
             figures = measure(run, arguments.num)
-        print(json.dumps({"case": case, "config": arguments.config, "steps": steps, **figures}), flush=True)
+        record.say(case, {"config": arguments.config, "steps": steps}, **figures)
+    record.end()
 
 
 def measure(run, count: int) -> dict[str, float]:

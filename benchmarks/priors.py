@@ -1,6 +1,6 @@
-"""What a sampled position of a VQ-VAE-2 prior costs, cached and by whole forward passes. A JSON line a case.
+"""What a sampled position of a VQ-VAE-2 prior costs, cached and by whole forward passes.
 
-    XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 0 python benchmarks/priors.py
+    XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 0 python -m benchmarks priors
 
 Seconds are those of the processor, so that a CPU's other work does not count; an accelerator needs wall time.
 The prior has 128 hidden and 512 residual units in 20 layers, no attention unless it is asked for, and weights drawn at
@@ -11,17 +11,13 @@ where they are not, both must draw the same codes (`same_codes`).
 
 import argparse
 import functools
-import json
 import time
-
-from bitsperdim import scripts
-
-scripts.keep_freed_memory()  # as the scripts do, before JAX has threads
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.record import Record
 from vqvae2 import sampling
 from vqvae2.prior import READINGS, PixelSnail, Prior, incremental
 from vqvae2.runs import Manner
@@ -31,6 +27,7 @@ ALL_BELOW = 12  # sides of grids that whole passes draw to the end
 
 
 def main() -> None:
+    """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=20)
@@ -38,7 +35,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--reading", choices=READINGS, default="quadrant")
     parser.add_argument("--attention_every", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments, record = parser.parse_args(), Record("priors")
     reading, every, hidden = arguments.reading, arguments.attention_every, arguments.hidden
     network = PixelSnail(NUM_CODES, 64, hidden, 4 * hidden, arguments.layers, 5 if reading == "causal" else 3, reading)
     prior = Prior(network.clone(attention_every=every, attention_features=hidden // 2, manner=Manner(scan=True)))
@@ -47,8 +44,9 @@ def main() -> None:
     about["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
     for batch in arguments.batches:
         for side in arguments.sides:
-            case = {"side": side, "batch": batch, **about, **measure(prior, params, side, batch)}
-            print(json.dumps(case), flush=True)
+            of = {"side": side, "batch": batch, **about}
+            record.say("grid", of, **measure(prior, params, side, batch))
+    record.end()
 
 
 def measure(prior: Prior, params, side: int, batch: int) -> dict:

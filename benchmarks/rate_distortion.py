@@ -1,7 +1,7 @@
-"""Rate against distortion of several VQ-VAE-2 runs, such as one for each size of the codebook. A JSON line a run.
+"""Rate against distortion of several VQ-VAE-2 runs, such as one for each size of the codebook.
 
-    python evaluate.py --workdir=RUN                                              # of each, first
-    python benchmarks/rate_distortion.py RUN RUN ... --out=rate_distortion.png
+    python evaluate.py --workdir=RUN                                             # of each, first
+    python -m benchmarks rate_distortion RUN RUN ... --out=rate_distortion.png
 
 The rate is in bits per image. Of a level whose prior is trained it is the prior's mean negative log-likelihood; of the
 others log2 K for each of its codes, what uniform codes take (`rate_of` says which level is which); beside it
@@ -11,14 +11,13 @@ evaluation.json.
 """
 
 import argparse
-import json
 import math
-import sys
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from benchmarks.record import Record, end_with
 from bitsperdim import images, metrics, plots
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError, RunError
@@ -29,18 +28,19 @@ COLUMNS = ("run", "num_codes", "cells", "bits_uniform", "bits_per_image", "rate_
 
 
 def main() -> None:
+    """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", help="folders with an evaluation.json")
     parser.add_argument("--out", default="rate_distortion.png")
-    arguments = parser.parse_args()
+    arguments, record = parser.parse_args(), Record("rate_distortion")
     try:
         cases = sorted(map(case, arguments.runs), key=lambda figures: figures["bits_uniform"])
         check_comparable(cases)
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        end_with(error)
     for figures in cases:
-        print(json.dumps(figures))
+        of = {name: figures[name] for name in ("run", "split", "images", "data", "num_codes", "rate_of")}
+        record.say("run", of, **{name: value for name, value in figures.items() if name not in of})
     print(metrics.table([[figures[name] for name in COLUMNS] for figures in cases], COLUMNS))
     images.save_png(arguments.out, picture(cases))
     print(f"written to {arguments.out}")
@@ -94,14 +94,11 @@ def check_comparable(cases: list[dict[str, Any]]) -> None:
 
 def picture(cases: list[dict[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
     """PSNR and MSE over the rate: one curve for uniform codes, one for each way in which the rate was taken."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     curves = {"uniform codes": [(figures["bits_uniform"], figures) for figures in cases]}
     for figures in cases:
         if "prior" in figures["rate_of"]:
             curves.setdefault(figures["rate_of"], []).append((figures["bits_per_image"], figures))
-    figure = Figure(figsize=(11, 4.5), dpi=100, layout="constrained")
+    figure, canvas = plots.blank(11, 4.5)
     for panel, name, title in zip(figure.subplots(1, 2), ("psnr_db", "mse"), ("PSNR in dB", "MSE"), strict=True):
         for label, points in curves.items():
             panel.plot([bits for bits, _ in points], [figures[name] for _, figures in points], marker="o", label=label)
@@ -110,7 +107,7 @@ def picture(cases: list[dict[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
         panel.set(xlabel="bits per image", title=title)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
-    return plots.render(FigureCanvasAgg(figure))
+    return plots.render(canvas)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Parameters of every stage of the VQ-VAE-2 configs, and the memory that its training step takes on each device.
 
-    python benchmarks/sizes.py --out=sizes.jsonl                                every published config, an hour or two
-    python benchmarks/sizes.py --configs vqvae2_cifar10 --stages top bottom     a part of them
-    python benchmarks/sizes.py --parameters                                     without memory, a minute
-    python benchmarks/sizes.py --configs vqvae2_folder --devices 1              on one device instead of 8
+    python -m benchmarks sizes --out=sizes.jsonl                                every published config, an hour or two
+    python -m benchmarks sizes --configs vqvae2_cifar10 --stages top bottom     a part of them
+    python -m benchmarks sizes --parameters                                     without memory, a minute
+    python -m benchmarks sizes --configs vqvae2_folder --devices 1              on one device instead of 8
 
 A JSON line a case, and then all of them as a table; what `--out` holds already is not measured again, so that the same
 command goes on where it was stopped. Steps are compiled from shapes alone, for the config's mesh over 8
@@ -20,6 +20,7 @@ import os
 import pathlib
 import runpy
 
+from benchmarks.record import Record, markdown
 from bitsperdim import config_files, plan
 from bitsperdim.errors import InputError
 
@@ -65,13 +66,14 @@ def chosen(configs: list[str] | None, stages: list[str] | None) -> list[tuple[st
 
 
 def main() -> None:
+    """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--configs", nargs="+", help="these alone")
     parser.add_argument("--stages", nargs="+", help="these alone")
     parser.add_argument("--parameters", action="store_true", help="compile nothing")
     parser.add_argument("--out", help="a file of JSON lines, added to")
     parser.add_argument("--devices", type=int, default=8, help="of the mesh")
-    arguments = parser.parse_args()
+    arguments, record = parser.parse_args(), Record("sizes")
     plan.use_devices(arguments.devices)
     try:
         wanted = chosen(arguments.configs, arguments.stages)
@@ -85,20 +87,21 @@ def main() -> None:
             for stage in map(run.stage, stages):
                 case = done.get((name, stage.name))
                 if case is None:
-                    record = plan.of_stage(run, stage, mesh, compiles=not arguments.parameters)
-                    case = {"config": name, "stage": stage.name} | figures(record)
-                    print(line := json.dumps(case), flush=True)
+                    found = figures(plan.of_stage(run, stage, mesh, compiles=not arguments.parameters))
+                    line = record.say("step", {"config": name, "stage": stage.name}, **found)
+                    case = line["of"] | line["figures"]
                     if arguments.out:
                         with open(arguments.out, "a") as stream:
-                            print(line, file=stream)
+                            print(json.dumps(line), file=stream)
                 cases.append(case)
-    print("\n" + "\n".join(table(cases)))
+    print("\n" + "\n".join(markdown(COLUMNS, [[case.get(column) for column in COLUMNS] for case in cases])))
 
 
 def measured(path: str) -> dict[tuple[str, str], dict]:
     """The cases of an earlier start, by config and stage."""
     lines = pathlib.Path(path).read_text().splitlines() if os.path.exists(path) else []
-    return {(case["config"], case["stage"]): case for case in map(json.loads, lines)}
+    cases = [line["of"] | line["figures"] for line in map(json.loads, lines)]
+    return {(case["config"], case["stage"]): case for case in cases}
 
 
 def stand_in(name: str, edge: int) -> dict:
@@ -122,13 +125,6 @@ def figures(record: dict) -> dict:
         "tflop": round(record["flops"] / 1e12, 3),
         "compile_seconds": record["compile_seconds"],
     }
-
-
-def table(cases: list[dict]) -> list[str]:
-    """Markdown."""
-    cell = lambda value: f"{value:,}" if isinstance(value, int | float) else str(value)
-    rows = [[cell(case.get(column, "")) for column in COLUMNS] for case in cases]
-    return [f"| {' | '.join(row)} |" for row in [COLUMNS, ["---"] * len(COLUMNS), *rows]]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python train.py --config=vdvae_cifar10:cpu_5bit_unbounded --config.train.evaluate_every=500
     python train.py --config=vdvae_cifar10:cpu_5bit_bounded --config.train.evaluate_every=500
-    python benchmarks/vdvae_bounded.py runs/vdvae_cifar10-cpu_5bit_unbounded runs/vdvae_cifar10-cpu_5bit_bounded
+    python -m benchmarks vdvae_bounded runs/vdvae_cifar10-cpu_5bit_unbounded runs/vdvae_cifar10-cpu_5bit_bounded
 
 `curves.png`: reconstruction, KL, their sum (the bound) in bits/dim and SSIM over the training steps, as each evaluation
 in training found them. `images.png`: held-out images as the runs see them, the reconstructions of either, and the same
@@ -11,9 +11,7 @@ images at 8 bits; with a third run, of 8 bits, its reconstructions too. A JSON l
 
 import argparse
 import dataclasses
-import json
 import pathlib
-import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,6 +19,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 import bitsperdim
+from benchmarks.record import Record, end_with
 from bitsperdim import data, facts, figures, images, likelihood, metrics, plots
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError, RunError
@@ -37,13 +36,14 @@ PANELS = {
 
 
 def main() -> None:
+    """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("unbounded", help="folder of a run whose scales have no bound, or the lower one")
     parser.add_argument("bounded", help="folder of a run whose scales have a bound")
     parser.add_argument("eight_bits", nargs="?", help="folder of a run on the same images at 8 bits")
     parser.add_argument("--num", type=int, default=6, help="images in the picture")
     parser.add_argument("--out", default=".", help="folder of both pictures")
-    arguments = parser.parse_args()
+    arguments, record = parser.parse_args(), Record("vdvae_bounded")
     try:
         runs = {"unbounded": run_lib.open_run(arguments.unbounded), "bounded": run_lib.open_run(arguments.bounded)}
         if arguments.eight_bits:
@@ -52,12 +52,12 @@ def main() -> None:
         records = {name: evaluations(run) for name, run in runs.items()}
         folder = pathlib.Path(arguments.out)
         for name, run in runs.items():
-            print(json.dumps({"run": str(run.workdir), "scales": name, **records[name][-1]}))
+            record.say("run", {"run": run.workdir.name, "scales": name}, **records[name][-1])
         images.save_png(folder / "curves.png", curves({name: records[name] for name in ("unbounded", "bounded")}))
         images.save_png(folder / "images.png", picture(runs, source, arguments.num))
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        end_with(error)
+    record.end()
     print(f"written to {folder / 'curves.png'} and {folder / 'images.png'}")
 
 
@@ -104,10 +104,7 @@ def evaluations(run: Run) -> list[dict[str, Any]]:
 
 def curves(records: dict[str, list[dict[str, Any]]]) -> UInt8[np.ndarray, "h w 3"]:
     """A panel for each figure, a line for each run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(PANELS), 3.4), dpi=100, layout="constrained")
+    figure, canvas = plots.blank(4 * len(PANELS), 3.4)
     for panel, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for label, of_run in records.items():
             points = [(record["step"], record[name]) for record in of_run if name in record]
@@ -115,7 +112,7 @@ def curves(records: dict[str, list[dict[str, Any]]]) -> UInt8[np.ndarray, "h w 3
         panel.set(xlabel="step", title=title)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
-    return plots.render(FigureCanvasAgg(figure))
+    return plots.render(canvas)
 
 
 def picture(runs: dict[str, Run], source: Source, n: int) -> UInt8[np.ndarray, "H W 3"]:

@@ -1,7 +1,7 @@
 """Layers, parameters, memory of a training step and published figures of the very deep VAEs, side by side.
 
-    python benchmarks/vdvae_sizes.py --parameters                        all of them, seconds
-    python benchmarks/vdvae_sizes.py --configs vdvae_cifar10:c1          with the memory of its compiled step, minutes
+    python -m benchmarks vdvae_sizes --parameters                        all of them, seconds
+    python -m benchmarks vdvae_sizes --configs vdvae_cifar10:c1          with the memory of its compiled step, minutes
 
 A JSON line a case, then all as a table. Nothing is trained or allocated: parameters are counted from their table, and
 memory is that of the program compiled from shapes for one device of the CPU, with layers in a loop as on an
@@ -11,10 +11,10 @@ for the batch of each config, whatever its size. XLA's CPU backend undoes remate
 """
 
 import argparse
-import json
 
 from ml_collections import ConfigDict
 
+from benchmarks.record import Record, markdown
 from bitsperdim import config_files, facts, plan
 from vdvae import layers, vae
 
@@ -88,19 +88,21 @@ COLUMNS = (
 
 
 def main() -> None:
+    """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--configs", nargs="+", help="these alone")
     parser.add_argument("--parameters", action="store_true", help="compile nothing")
     parser.add_argument("--batch", type=int, default=0, help="instead of the config's")
     parser.add_argument("--scan", choices=("on", "off"), default="on", help="layers in a loop, or unrolled")
-    arguments = parser.parse_args()
+    arguments, record = parser.parse_args(), Record("vdvae_sizes")
     plan.use_devices(1)
     cases = []
     for name in arguments.configs or PUBLISHED:
         cases.append(case(name, arguments.parameters, arguments.batch, arguments.scan))
-        print(json.dumps(cases[-1]), flush=True)
+        of = {key: cases[-1][key] for key in ("config", "batch")}
+        record.say("step", of, **{key: value for key, value in cases[-1].items() if key not in of})
     add_ratios(cases)
-    print("\n" + "\n".join(table(cases)))
+    print("\n" + "\n".join(markdown(COLUMNS, [[case.get(column) for column in COLUMNS] for case in cases])))
 
 
 def case(name: str, parameters_only: bool, batch: int, scan: str) -> dict:
@@ -154,13 +156,6 @@ def figures(record: dict) -> dict:
         "compile_seconds": record["compile_seconds"],
         "program_kb": record["program_kb"],
     }
-
-
-def table(cases: list[dict]) -> list[str]:
-    """Markdown."""
-    cell = lambda value: "" if value is None else f"{value:,}" if isinstance(value, int | float) else str(value)
-    rows = [[cell(case.get(column)) for column in COLUMNS] for case in cases]
-    return [f"| {' | '.join(row)} |" for row in [COLUMNS, ["---"] * len(COLUMNS), *rows]]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def load(workdir: str | os.PathLike[str]) -> "Loaded":
     """The trained run in a folder, with its Polyak weights: sample, encode, decode, reconstruct, log_prob, config.
 
+    The folder may be that of a published run (`convert.py --export`), which holds little more than the weights.
     Raises `bitsperdim.errors.InputError` where the folder is no run.
     """
     from bitsperdim import run, sharding  # not above: every module of the package imports this one first

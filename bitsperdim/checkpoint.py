@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array, PyTree
 
-from bitsperdim import atomic, hosts
+from bitsperdim import atomic, hosts, leaves
 from bitsperdim import manifest as manifest_lib
 from bitsperdim.errors import InputError
 from bitsperdim.manifest import Damaged, Manifest
@@ -75,13 +75,13 @@ class Checkpoints:
         """
         self.wait()
         folder = self._path(step)
-        leaves = _by_path(state)
-        contents = {path: _describe(leaf) for path, leaf in leaves.items()}
+        arrays = leaves.by_path(state)
+        contents = {path: leaves.describe(leaf) for path, leaf in arrays.items()}
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         data = DATA[hosts.from_first(lambda: self._make_room(folder))]
         with hosts.together():
             try:
-                self._orbax.save(folder / data, args=ocp.args.PyTreeSave(_saved(leaves)))
+                self._orbax.save(folder / data, args=ocp.args.PyTreeSave(_saved(arrays)))
             except Exception as error:
                 _raise_explained(error, folder)
         self._pending = self._thread.submit(self._commit, step, data, metrics, contents)
@@ -123,7 +123,7 @@ class Checkpoints:
         """Raises InputError where the arrays of a step are not those that `abstract` asks for. Reads none of them."""
         committed = _read(self._path(step))
         if committed is not None:  # a damaged manifest is named by `restore`, which takes another step
-            _check_contents(committed.arrays, _by_path(abstract), self._path(step), self._remedy)
+            leaves.check(committed.arrays, leaves.by_path(abstract), self._path(step), self._remedy)
 
     def steps(self) -> list[int]:
         """The committed steps, in order."""
@@ -245,60 +245,29 @@ class Checkpoints:
             committed = manifest_lib.read(self._path(step))
         what = f"{self._path(step)} is not what the first process has there; all must see the same run folder"
         hosts.check_same(zlib.crc32(repr(committed).encode()), what)
-        wanted = _by_path(jax.tree.map(_placed, abstract))
-        _check_contents(committed.arrays, wanted, self._path(step), self._remedy)
+        wanted = leaves.by_path(jax.tree.map(_placed, abstract))
+        leaves.check(committed.arrays, wanted, self._path(step), self._remedy)
         stored = _saved(wanted)
         arguments = ocp.args.PyTreeRestore(
             stored, restore_args=ocp.checkpoint_utils.construct_restore_args(stored), partial_restore=True
         )
         arrays = self._orbax.restore(self._path(step) / committed.data, args=arguments)
         empty = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-        leaves = [arrays[path] if path in stored else empty(leaf) for path, leaf in wanted.items()]
-        return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+        whole = [arrays[path] if path in stored else empty(leaf) for path, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(abstract), whole)
 
     def _path(self, step: int) -> epath.Path:
         return self._folder / f"{step:08d}"
 
 
-def _by_path(tree: PyTree) -> dict[str, Any]:
-    """Leaves by path, such as 'opt/0/mu/encoder/kernel', in the order of the tree.
-
-    Arrays are stored under their paths, so that a file depends on no container class of optax or of ours.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    if len(named) < len(leaves):
-        raise ValueError("two arrays of the state have the same path; names must not contain '/'")
-    return named
-
-
-def _saved(leaves: dict[str, Any]) -> dict[str, Any]:
+def _saved(arrays: dict[str, Any]) -> dict[str, Any]:
     """Orbax refuses arrays without elements; the manifest alone holds those."""
-    return {path: leaf for path, leaf in leaves.items() if leaf.size > 0}
-
-
-def _describe(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return {path: leaf for path, leaf in arrays.items() if leaf.size > 0}
 
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _check_contents(
-    stored: dict[str, str], wanted: Mapping[str, jax.ShapeDtypeStruct], folder: epath.Path, remedy: str
-) -> None:
-    """Orbax would cast, pad or cut in silence. Raises InputError for the first array that is not as it is wanted."""
-    for path, leaf in wanted.items():
-        if path not in stored:
-            raise InputError(f"{folder} has no array '{path}', which should be {_describe(leaf)}; {remedy}")
-        if stored[path] != _describe(leaf):
-            raise InputError(f"'{path}' is {stored[path]} in {folder}, but should be {_describe(leaf)}; {remedy}")
-    entries = {path.split("/")[0] for path in wanted}
-    for path in stored:
-        if path not in wanted and path.split("/")[0] in entries:
-            raise InputError(f"{folder} has an array '{path}' {stored[path]}, which should not be there; {remedy}")
 
 
 def _read(folder: epath.Path) -> Manifest | None:

@@ -28,6 +28,7 @@ from bitsperdim import (
     data,
     decoding,
     evaluation,
+    export,
     flag_config,
     flag_values,
     hosts,
@@ -36,6 +37,7 @@ from bitsperdim import (
     neighbours,
     plan,
     rejection,
+    run_plots,
     sampler_table,
     sharding,
     trainer,
@@ -89,6 +91,8 @@ def evaluate() -> None:
                                 Another split than evaluation is written to evaluation-SPLIT.json; once there is
                                 evaluation-train.json too, both are shown side by side
       --samples=K               of the importance-weighted bound, where the family has one (flows, vdvae)
+      --plots                   measures nothing: draws curves, samplers and the family's plots from what the run has
+                                recorded, as PNG files
       --out=FOLDER              for these files; default the run's folder
       --config.data.KEY=FOLDER  where the data are now; KEY is path, evaluation_path, data_dir or cache_dir
       --multihost=HOW           one of several processes that measure together, as for train.py
@@ -127,10 +131,14 @@ def sample() -> None:
 
 
 def convert() -> None:
-    """Makes a run of published weights, for evaluate.py, sample.py and further training.
+    """Makes a run of published weights, for evaluate.py, sample.py and further training; or publishes a run.
 
     python convert.py --family=FAMILY --checkpoint=FILE --workdir=RUN [flags]
+    python convert.py --export=FOLDER --workdir=RUN
 
+      --export=FOLDER           the trained run as a published one: config.json, model.safetensors (averaged weights
+                                alone, no pickle), its figures. evaluate.py, sample.py, --init_from and bitsperdim.load
+                                take the folder like a run, and write nothing into it
       --family=FAMILY           arm_forecast: PixelCNN++ of pclucas14/pixel-cnn-pp, its state_dict;
                                 flows: MaCow of XuezheMax/macow, its state_dict;
                                 vdvae: Efficient-VDVAE of Rayhane-mamah/Efficient-VDVAE (PyTorch or JAX), VDVAE of
@@ -189,14 +197,28 @@ def _evaluate(argv: list[str]) -> None:
     flags.DEFINE_string("split", "evaluation", "Split to measure on.", flag_values=values)
     flags.DEFINE_string("out", "", "Folder for the figures; default the run folder.", flag_values=values)
     flags.DEFINE_integer("samples", None, "Of the importance-weighted bound.", flag_values=values)
+    flags.DEFINE_boolean("plots", False, "Draw what was recorded.", flag_values=values)
     flags.DEFINE_string("multihost", None, "How processes find each other.", flag_values=values)
     run, folder = _parse_and_open(values, argv)
+    if values.plots:
+        _plot(run, values, folder)
+        return
     if values.samples is not None:
         run = run_lib.with_evaluation(run, samples=values.samples)
     measured = trainer.evaluate(run, values.split)
     with hosts.together():
         if hosts.is_first():
             _write_evaluation(measured, values.split, folder)
+
+
+def _plot(run: Run, values: flags.FlagValues, folder: epath.Path) -> None:
+    for name in ("split", "samples", "multihost"):
+        if values[name].present:
+            raise InputError(f"--{name} means nothing beside --plots, which measures nothing; --out does")
+    with _writing_to(folder):
+        for name, picture in run_plots.draw(run).items():
+            images.save_png(folder / f"{name}.png", picture)
+            print(f"written to {folder / f'{name}.png'}")
 
 
 def _write_evaluation(measured: dict[str, Any], split: str, folder: epath.Path) -> None:
@@ -331,6 +353,7 @@ def _decode(run: Run, loaded: Loaded, split: str, folder: epath.Path) -> None:
 
 def _convert(argv: list[str]) -> None:
     values = flags.FlagValues()
+    flags.DEFINE_string("export", None, "Folder of a published run.", flag_values=values)
     flags.DEFINE_string("family", None, "Package of the models.", flag_values=values)
     flags.DEFINE_string("checkpoint", None, "File of weights.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Run folder.", flag_values=values)
@@ -338,6 +361,9 @@ def _convert(argv: list[str]) -> None:
     flags.DEFINE_string("hparams", None, "File of hyper-parameters.", flag_values=values)
     changes = [argument for argument in argv if argument.startswith("--config.")]
     _parse(values, [argument for argument in argv if argument not in changes])
+    if values.export is not None:
+        _export(values, changes)
+        return
     family = run_lib.family(_required(values, "family"))
     if not hasattr(family, "imported"):
         raise InputError(f"the family '{values.family}' has no importer of published weights")
@@ -351,6 +377,18 @@ def _convert(argv: list[str]) -> None:
     _parse(changed, [argv[0], *changes])
     run = adopt.adopt(_required(values, "workdir"), imported._replace(config=changed.config))
     print(f"{run.workdir} is a run now: evaluate.py and sample.py take it as --workdir")
+
+
+def _export(values: flags.FlagValues, changes: list[str]) -> None:
+    given = [
+        f"--{name}" for name in ("family", "checkpoint", "image_size", "hparams") if values[name].value is not None
+    ]
+    for flag in [*given, *changes]:
+        raise InputError(f"{flag.partition('=')[0]} means nothing beside --export, which publishes a run as it is")
+    folder = run_lib.place(values.export)
+    with _writing_to(folder):
+        export.export(run_lib.open_run(_required(values, "workdir")), folder)
+    print(f"{folder} is a published run now: evaluate.py and sample.py take it as --workdir, bitsperdim.load opens it")
 
 
 def _parse(values: flags.FlagValues, argv: list[str]) -> None:
@@ -373,18 +411,20 @@ def _parse_and_open(values: flags.FlagValues, argv: list[str]) -> tuple[Run, epa
     paths = {key: path for key, path in given.items() if path is not None}
     with hosts.together():
         run = run_lib.open_run(_required(values, "workdir"), paths)
-        folder = run_lib.place(values.out) if values.out else run.workdir
+        folder = run_lib.place(values.out) if values.out else run.outputs
+        if run.is_published:
+            run = run._replace(elsewhere=folder)
         if hosts.is_first():
             _check_writable(folder)
     return run, folder
 
 
 @contextlib.contextmanager
-def _writing_to(folder: epath.Path) -> Iterator[None]:
+def _writing_to(folder: epath.Path, flag: str = "--out") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; use another --out=FOLDER") from error
+        raise InputError(f"cannot write to {folder}: {error.strerror}; use another {flag}=FOLDER") from error
 
 
 def _check_writable(folder: epath.Path) -> None:

@@ -74,6 +74,13 @@ def file_name(split: str) -> str:
     return "evaluation.json" if split == "evaluation" else f"evaluation-{re.sub(r'[^A-Za-z0-9_.+-]', '_', split)}.json"
 
 
+def command(workdir: Any, measured: dict[str, Any]) -> str:
+    """What measures these figures again, also where a bound of more samples than the config's was asked for."""
+    names = [name for values in (measured, *measured.values()) if isinstance(values, dict) for name in values]
+    samples = re.search(r"importance_weighted_(\d+)", " ".join(names))
+    return f"python evaluate.py --workdir={workdir}" + (f" --samples={samples[1]}" if samples else "")
+
+
 def side_by_side(folder: epath.Path) -> list[tuple[str, float, float, float]]:
     """(name, training images, held-out images, difference) of the figures of a run; [] unless both were measured.
 

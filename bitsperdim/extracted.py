@@ -91,7 +91,7 @@ def begin(
 
     What it has written is kept where it had the same model and batches, on which the bits of the rest depend.
     """
-    folder = run.folder(extraction.name)
+    folder = run.made(extraction.name)
     now = {"fingerprint": fingerprint(state), "step": int(state["step"]), "batch_size": batch_size}
     now |= {"settings": dict(extraction.settings)} if extraction.settings else {}
     with hosts.together():
@@ -127,7 +127,7 @@ def commit(
     about: Mapping[str, Any] = {},
 ) -> None:
     """Declares the extraction complete, made with the weights of `state` (`step`, `ema`, `extra`)."""
-    folder, made_by = run.folder(extraction.name), fingerprint(state)
+    folder, made_by = run.made(extraction.name), fingerprint(state)
     text = f"Made by the stage '{extraction.of}' at step {int(state['step'])}, fingerprint {made_by}."
     shard_lengths = {split: writer.lengths for split, writer in writers.items()}
     info = {
@@ -153,7 +153,7 @@ def commit(
 def is_extracted(run: Run, extraction: Extraction) -> bool:
     """Raises InputError where it is, but with other settings, or the model is to be trained further than when it made
     it."""
-    path = run.folder(extraction.name) / "info.json"
+    path = run.made(extraction.name) / "info.json"
     if not path.exists():
         return False
     info, now = run_lib.read_json(path, INFO), _steps(run, extraction)
@@ -171,7 +171,7 @@ def open_arrays(run: Run, extraction: Extraction, split: str) -> dict[str, recor
 
     Raises InputError where there are none, a file has changed, or the run's model is another one by now.
     """
-    path = run.folder(extraction.name) / "info.json"
+    path = run.made(extraction.name) / "info.json"
     if not path.exists():
         raise InputError(f"{path.parent} is missing; train.py makes it again")
     info = run_lib.read_json(path, INFO | {"files": {split: dict}})
@@ -187,12 +187,12 @@ def open_arrays(run: Run, extraction: Extraction, split: str) -> dict[str, recor
 
 def record(run: Run, extraction: Extraction, split: str) -> dict[str, Any]:
     """What info.json has of an extraction that `open_arrays` takes: its settings, `about`, and the files of a split."""
-    return run_lib.read_json(run.folder(extraction.name) / "info.json", INFO | {"about": dict, "files": {split: dict}})
+    return run_lib.read_json(run.made(extraction.name) / "info.json", INFO | {"about": dict, "files": {split: dict}})
 
 
 def origin(run: Run, extraction: Extraction) -> str:
     """The fingerprint of the model that extracted: of a `Source`, so that no stage goes on with what another made."""
-    return run_lib.read_json(run.folder(extraction.name) / "info.json", INFO)["fingerprint"]
+    return run_lib.read_json(run.made(extraction.name) / "info.json", INFO)["fingerprint"]
 
 
 def source_state(run: Run, extraction: Extraction, mesh: Mesh) -> PyTree:
@@ -201,7 +201,7 @@ def source_state(run: Run, extraction: Extraction, mesh: Mesh) -> PyTree:
     What was extracted may have been removed since: then there is nothing to compare with.
     """
     _, state = trainer.restore(run, extraction.of, mesh)
-    path = run.folder(extraction.name) / "info.json"
+    path = run.made(extraction.name) / "info.json"
     if not path.exists():
         return state
     info = run_lib.read_json(path, INFO)
@@ -236,7 +236,7 @@ def _steps(run: Run, extraction: Extraction) -> int:
 def _of_another(run: Run, extraction: Extraction, then: int, now: int) -> InputError:
     difference = f"at step {then:,}, now {now:,}" if then != now else f"other weights of step {now:,}"
     return InputError(
-        f"{run.folder(extraction.name)} was made by another {extraction.of} ({difference}); {_remedy(run, extraction)}"
+        f"{run.made(extraction.name)} was made by another {extraction.of} ({difference}); {_remedy(run, extraction)}"
     )
 
 
@@ -259,7 +259,7 @@ def _verify(folder: epath.Path, files: str) -> None:
 
 def _at_hand(run: Run, extraction: Extraction, names: list[str], fingerprint: str) -> epath.Path:
     """Where the shards are; for a remote run a copy in the cache, since only local files can be mapped into memory."""
-    folder = run.folder(extraction.name)
+    folder = run.made(extraction.name)
     if not atomic.is_remote(folder):
         return folder
     copy = epath.Path(cache.location(run.config.data.cache_dir)) / f"{extraction.name}-{fingerprint[:12]}"

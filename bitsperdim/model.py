@@ -7,6 +7,7 @@ A family is a module (named by the config's `family`) that exports
     report(config, measured)          the figures of a whole run, from those of its stages
     load(run, mesh) -> Loaded         what can be done with a trained run
 
+and, where it has them, imported(...) for published weights (`adopt.py`) and plots(run, measured) (`run_plots.py`).
 Not here: how a stage is trained (`trainer.py`) and how a step is compiled (`step.py`).
 """
 

@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 
 COLUMNS = 3
 TITLE = 24  # pixels
+INK, GRID = "#333333", "#dddddd"
 KINDS = {"train": "", "evaluation": "o"}  # of line, and its marker
 # Drawn beside what they belong to, or of no use as a curve.
 HIDDEN = ("step", "kind", "steps", "images", "non_finite_in_a_row")
@@ -30,7 +31,7 @@ def curves(records: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
     names = dict.fromkeys(name for record in records for name in record if _is_shown(name))
     names = [name for name in names if any(record.get(name) for record in records)]
     rows = max(1, -(-len(names) // COLUMNS))
-    figure, canvas = _figure(4 * COLUMNS, 2.6 * rows)
+    figure, canvas = blank(4 * COLUMNS, 2.6 * rows)
     panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for panel, name in zip(panels, names, strict=False):
         for kind, marker in KINDS.items():
@@ -56,7 +57,7 @@ def samplers(rows: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
     Samplers of one kind share a colour; the rows of their windows, in 'KIND:ROWS', tell them apart by the line. Every
     second kind has dashes, between which a line that coincides with it is seen.
     """
-    figure, canvas = _figure(13, 5)
+    figure, canvas = blank(13, 5)
     panels = figure.subplots(1, 2)
     names = list(dict.fromkeys(row["sampler"] for row in rows))
     kinds = list(dict.fromkeys(name.partition(":")[0] for name in names))
@@ -78,12 +79,31 @@ def samplers(rows: Sequence[Mapping[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
         panel.set(xscale="log", yscale="log", xlabel="batch (hollow: estimated)", title=title)
         panel.set_xticks(batches, [str(batch) for batch in batches])
         panel.set_xticks([], minor=True)
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("{x:g}")
-        panel.tick_params(axis="y", which="both", labelsize=7)
+        mark_decades(panel.yaxis)
+        panel.tick_params(axis="y", labelsize=8)
         panel.grid(alpha=0.3)
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return render(canvas)
+
+
+def plain(axis: Any, title: str) -> None:
+    """A panel with its title to the left, a faint grid and no box around it."""
+    axis.set_title(title, fontsize=10, loc="left", color=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color=GRID, linewidth=0.6)
+    axis.tick_params(labelsize=8, colors=INK)
+    axis.set_axisbelow(True)
+    axis.xaxis.label.set(fontsize=9, color=INK)
+    axis.yaxis.label.set(fontsize=9, color=INK)
+
+
+def mark_decades(axis: Any) -> None:
+    """The ticks of a logarithmic axis (`panel.xaxis` or `.yaxis`): 1, 2 and 5 of each decade, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:,.10g}")
 
 
 def titled(picture: UInt8[np.ndarray, "h w 3"], title: str) -> UInt8[np.ndarray, "H W 3"]:
@@ -96,8 +116,8 @@ def titled(picture: UInt8[np.ndarray, "h w 3"], title: str) -> UInt8[np.ndarray,
     return np.asarray(canvas)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure, and its canvas to render."""
+def blank(width: float, height: float) -> tuple[Any, Any]:
+    """An empty figure of so many inches, and its canvas for `render`."""
     # Of a home that cannot be written to: a temporary folder does as well.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import, for those who only sample

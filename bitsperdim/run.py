@@ -43,6 +43,7 @@ FREE_SECTIONS = ("mesh", "sampling", "evaluation", "encoding")
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # a flag of XLA
 # Of the section `data`: places on this machine, kept in full so that a run can be used from any folder.
 PATH_KEYS = ("path", "evaluation_path", "data_dir", "cache_dir")
+PUBLISHED = "model.safetensors"  # a folder that has it is a published run (`published.py`)
 
 
 class Run(NamedTuple):
@@ -51,9 +52,22 @@ class Run(NamedTuple):
     workdir: epath.Path
     config: Any  # the family's Config
     family: types.ModuleType
+    elsewhere: epath.Path | None = None  # of a published run, into which nothing is written: what is made of it
 
     def folder(self, stage: str) -> epath.Path:
         return self.workdir / stage
+
+    def made(self, stage: str) -> epath.Path:
+        """The folder for what is made with trained weights: that of the stage, unless the run is a published one."""
+        return self.outputs / stage
+
+    @property
+    def outputs(self) -> epath.Path:
+        return self.elsewhere or self.workdir
+
+    @property
+    def is_published(self) -> bool:
+        return self.elsewhere is not None
 
     def seed(self, stage: str) -> int:
         """Each stage has its own seed, so that priors do not share their batches' order or noise."""
@@ -106,6 +120,11 @@ def check(workdir: str | os.PathLike[str], values: ConfigDict | Mapping[str, Any
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
     folder = place(workdir)
     run = Run(folder, config, family)
+    if (folder / PUBLISHED).exists():
+        raise InputError(
+            f"{folder} is a published run, whose optimizer was left out, so it is not trained further; begin a new "
+            f"--workdir with its weights: --init_from={folder}"
+        )
     if (folder / "config.json").exists():
         _refuse_differences(read_json(folder / "config.json"), run)
     elif folder.is_file():
@@ -143,7 +162,10 @@ def keep_free_keys(run: Run) -> None:
 
 
 def open_run(workdir: str | os.PathLike[str], paths: Mapping[str, str] = {}) -> Run:
-    """The run in an existing folder; `InputError` when it is none. `paths`: other values of `PATH_KEYS`."""
+    """The run in an existing folder; `InputError` when it is none. `paths`: other values of `PATH_KEYS`.
+
+    What is made of a published one goes to the folder runs/published-NAME, unless `elsewhere` is replaced.
+    """
     folder = place(workdir)
     if not folder.exists():
         raise InputError(f"there is no run folder {folder}")
@@ -156,7 +178,9 @@ def open_run(workdir: str | os.PathLike[str], paths: Mapping[str, str] = {}) -> 
         family, config = parse(values)
     except InputError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from error
-    return Run(folder, config, family)
+    if not (folder / PUBLISHED).exists():
+        return Run(folder, config, family)
+    return Run(folder, config, family, place(f"runs/published-{os.path.basename(os.path.abspath(folder))}"))
 
 
 def with_evaluation(run: Run, **changes: Any) -> Run:
@@ -182,14 +206,20 @@ def _in_full(path: str) -> str:
     return path if not path or atomic.is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
-def _note_environment(run: Run) -> list[str]:
-    now = {
+def machine() -> dict[str, Any]:
+    """Versions, devices, and the processors that this process may use."""
+    return {
         "bitsperdim": importlib.metadata.version("bitsperdim"),
         "jax": jax.__version__,
         "python": platform.python_version(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def _note_environment(run: Run) -> list[str]:
+    now = machine() | {
+        "processes": jax.process_count(),
         "mesh": config_lib.to_plain(run.config.mesh),
         "deterministic": DETERMINISTIC in os.environ.get("XLA_FLAGS", ""),
     }

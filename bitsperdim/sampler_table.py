@@ -56,6 +56,12 @@ def read(path: epath.Path) -> Table | None:
     return Table(of_run, values["rows"], values.get("complete") is True)
 
 
+def of_run(run: Run) -> Table | None:
+    """The run's own table; of a published run the one that was made of it here, before the one that came with it."""
+    made = run.outputs / FILE
+    return read(made if made.exists() else run.workdir / FILE)
+
+
 def write(path: epath.Path, table: Table) -> None:
     """Atomically: whoever reads it finds whole rows."""
     run_lib.write_json(path, {**table.conditions, "complete": table.complete, "rows": table.rows})

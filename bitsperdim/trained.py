@@ -1,4 +1,4 @@
-"""What a run has trained: the checkpoints of its stages, and the weights in them.
+"""What a run has trained: the checkpoints of its stages, and the weights in them, or in the file of a published run.
 
 Not here: how they come to be (`trainer.py`), and how a state is stored (`checkpoint.py`).
 """
@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from bitsperdim import checkpoint, optim
+from bitsperdim import checkpoint, optim, published
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim.checkpoint import Checkpoints
@@ -40,17 +40,39 @@ def restore(run: Run, name: str, mesh: Mesh) -> tuple[Model, PyTree]:
     """
     stage = run.stage(name)
     assert stage.model is not None
-    with checkpoints_of(run, stage) as checkpoints:
-        if not checkpoints.newest():
-            raise InputError(f"stage '{name}' of {run.workdir} has no checkpoint yet; train it first")
-        model = stage.model(run)
-        like = abstract_state(run, stage, model, mesh)
-        like = {entry: like[entry] for entry in ("step", "ema", "extra")}
-        return model, best_or_last(checkpoints, like)[1]
+    if not restored_step(run, name):
+        raise InputError(f"stage '{name}' of {run.workdir} has no checkpoint yet; train it first")
+    model = stage.model(run)
+    like = abstract_state(run, stage, model, mesh)
+    return model, weights(run, stage, {entry: like[entry] for entry in ("step", "ema", "extra")})[1]
 
 
-def best_or_last(checkpoints: Checkpoints, like: PyTree) -> tuple[int, PyTree]:
-    """Step and state of the best checkpoint where there is one, else of the last. There must be some."""
+def weights(run: Run, stage: Stage, like: PyTree, remedy: str = checkpoint.REMEDY) -> tuple[int, PyTree]:
+    """Step and entries of the state, those of `like`, as they are used after training. There must be some."""
+    if run.is_published:
+        return published.restore(run.workdir, stage.name, like, remedy)
+    with checkpoints_of(run, stage, remedy) as checkpoints:
+        return _best_or_last(checkpoints, like)
+
+
+def check_weights(run: Run, stage: Stage, like: PyTree, remedy: str) -> None:
+    """Raises InputError where the arrays that `weights` gives are not those of `like`. Reads no checkpoint."""
+    if run.is_published:
+        published.check(run.workdir, stage.name, like, remedy)
+        return
+    with checkpoints_of(run, stage, remedy) as checkpoints:
+        checkpoints.check_step(checkpoints.best_step() or checkpoints.newest(), like)
+
+
+def restored_step(run: Run, name: str) -> int:
+    """The step that `restore` gives, as far as it can be told without reading it; 0 where there is none."""
+    if run.is_published:
+        return published.steps(run.workdir).get(name, 0)
+    with checkpoints_of(run, run.stage(name)) as checkpoints:
+        return checkpoints.best_step() or checkpoints.newest()
+
+
+def _best_or_last(checkpoints: Checkpoints, like: PyTree) -> tuple[int, PyTree]:
     best = checkpoints.best_step()
     if best is not None:
         try:
@@ -60,9 +82,3 @@ def best_or_last(checkpoints: Checkpoints, like: PyTree) -> tuple[int, PyTree]:
     restored = checkpoints.restore(like)
     assert restored is not None
     return restored
-
-
-def restored_step(run: Run, name: str) -> int:
-    """The step that `restore` gives, as far as it can be told without reading it; 0 where there is none."""
-    with checkpoints_of(run, run.stage(name)) as checkpoints:
-        return checkpoints.best_step() or checkpoints.newest()

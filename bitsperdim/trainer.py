@@ -7,18 +7,16 @@ restored (`trained.py`).
 """
 
 import contextlib
-import fcntl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from bitsperdim import atomic, data, evaluation, hosts, metrics, optim, rng, seen, sharding, warm_start
+from bitsperdim import data, evaluation, hosts, lock, metrics, optim, rng, seen, sharding, warm_start
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
@@ -73,7 +71,7 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", 
                 continue
             _require(run, stage)
             if stage.extract is not None:
-                with _alone(run.folder(stage.name)), signals.deferred():
+                with lock.alone(run.made(stage.name)), signals.deferred():
                     stage.extract(run, mesh, signals.check)
             else:
                 train_stage(run, stage, mesh, signals, init_from)
@@ -85,6 +83,8 @@ def is_complete(run: Run, stage: Stage) -> bool:
     """Has the stage reached its last step, or is its extraction done?"""
     if (is_extracted := stage.is_extracted) is not None:
         return bool(hosts.from_first(lambda: is_extracted(run)))
+    if run.is_published:
+        return bool(restored_step(run, stage.name))
     assert stage.settings is not None
     with checkpoints_of(run, stage) as checkpoints:
         # A damaged last checkpoint is no end: the stage goes on from the one before.
@@ -108,7 +108,7 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
         run_lib.say(f"warning: {stage.name}: {stage.warning}")
     _warn_of_micro_batches(stage, like)
     step = step_lib.compiled(model, stage.optim, config, seed, mesh, like)
-    with _alone(run.folder(stage.name)), checkpoints_of(run, stage) as checkpoints:
+    with lock.alone(run.folder(stage.name)), checkpoints_of(run, stage) as checkpoints:
         state, start = _restored_or_new(run, stage, model, mesh, checkpoints, like, weights)
         observer.open(start)
         each, over_batch = config.steps_per_dispatch, sharding.over_batch(mesh)
@@ -143,6 +143,8 @@ def evaluate(run: Run, split: str) -> dict[str, Any]:
     data were extracted from the first two. InputError where the images are not those that the run was trained with.
     """
     mesh = sharding.mesh_at_hand(run.config.mesh)
+    if run.is_published:
+        _extract_again(run, split, mesh)
     measured: dict[str, Any] = {}
     for stage in run.stages():
         if stage.model is None or stage.source is None or stage.settings is None or not is_complete(run, stage):
@@ -174,13 +176,22 @@ def evaluate(run: Run, split: str) -> dict[str, Any]:
     return {"split": split, **measured, **run.family.report(run.config, measured)}
 
 
+def _extract_again(run: Run, split: str, mesh: Mesh) -> None:
+    """What stages of a published run are measured on is not published, but made of the images where it is needed."""
+    complete = [stage for stage in run.stages() if stage.model is not None and is_complete(run, stage)]
+    for extraction in map(run.stage, dict.fromkeys(name for stage in complete for name in stage.needs)):
+        if extraction.extract is not None and split in seen.SPLITS and not is_complete(run, extraction):
+            with lock.alone(run.made(extraction.name)):
+                extraction.extract(run, mesh, lambda: None)
+
+
 def _lacking(run: Run, stage: Stage, split: str) -> str:
     """Why a stage that is measured on what another one extracted has nothing to be measured on; '' where it has."""
     for extraction in map(run.stage, stage.needs):
         if extraction.extract is not None and split not in seen.SPLITS:
             return f"'{extraction.name}' has the splits {' and '.join(seen.SPLITS)} only"
         if extraction.extract is not None and not is_complete(run, extraction):
-            return f"{run.folder(extraction.name)} is missing; train.py makes it again"
+            return f"{run.made(extraction.name)} is missing; train.py makes it again"
     return ""
 
 
@@ -203,24 +214,6 @@ def _restored_or_new(
         state |= weights | {"params": jax.tree.map(jnp.copy, weights["ema"])}
     run_lib.say(f"{stage.name}: {state_lib.num_params(state):,} parameters, {stage.settings.steps:,} steps")
     return state, 0
-
-
-@contextlib.contextmanager
-def _alone(folder: epath.Path) -> Iterator[None]:
-    """Holds the lock of a stage's folder; `InputError` where another run on this machine does.
-
-    Two runs in one folder would remove each other's files. The system frees the lock of a process that is killed.
-    """
-    with contextlib.ExitStack() as stack:
-        with hosts.together():
-            if hosts.is_first() and not atomic.is_remote(folder):
-                file = stack.enter_context(open(folder.parent / f".{folder.name}.lock", "w"))
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    message = f"another process is working on {folder}; wait for it, or use a new --workdir"
-                    raise InputError(message) from error
-        yield
 
 
 def _record_start(run: Run, stage: Stage, sources: dict[str, data.Source], record: Mapping[str, Any] = {}) -> None:

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 from jaxtyping import PyTree
 
 from bitsperdim import run as run_lib
-from bitsperdim.checkpoint import Checkpoints
+from bitsperdim import trained
 from bitsperdim.model import Stage
 from bitsperdim.run import Run
-from bitsperdim.trained import best_or_last, checkpoints_of, restored_step
 
 REMEDY = "leave out --init_from, or use the config that it was trained with"
 
@@ -30,12 +29,10 @@ def check(run: Run, stage: Stage, like: PyTree, init_from: str) -> None:
     if _has_begun(run, stage):
         run_lib.say(f"--init_from={init_from} is ignored: stage '{stage.name}' has begun")
         return
-    step = restored_step(other, stage.name)
-    if not step:
+    if not trained.restored_step(other, stage.name):
         run_lib.say(f"{stage.name}: not trained in {init_from}, so it starts anew")
         return
-    with _checkpoints(other, stage) as checkpoints:
-        checkpoints.check_step(step, _wanted(like))
+    trained.check_weights(other, other.stage(stage.name), _wanted(like), REMEDY)
 
 
 def begin(run: Run, stage: Stage, like: PyTree, init_from: str) -> Start:
@@ -45,21 +42,16 @@ def begin(run: Run, stage: Stage, like: PyTree, init_from: str) -> Start:
         before = run_lib.read_json(path) if path.exists() else {}
         return Start(None, {name: before[name] for name in ("init_from",) if name in before})
     other = run_lib.open_run(init_from) if init_from else None
-    if other is None or not restored_step(other, stage.name):
+    if other is None or not trained.restored_step(other, stage.name):
         return Start(None, {})
-    with _checkpoints(other, stage) as checkpoints:
-        step, weights = best_or_last(checkpoints, _wanted(like))
+    step, weights = trained.weights(other, other.stage(stage.name), _wanted(like), REMEDY)
     run_lib.say(f"{stage.name}: starting with the weights of step {step:,} of {init_from}")
     return Start(weights, {"init_from": {"run": str(other.workdir), "step": step}})
 
 
 def _has_begun(run: Run, stage: Stage) -> bool:
-    with checkpoints_of(run, stage) as checkpoints:
+    with trained.checkpoints_of(run, stage) as checkpoints:
         return checkpoints.newest() > 0
-
-
-def _checkpoints(other: Run, stage: Stage) -> Checkpoints:
-    return checkpoints_of(other, other.stage(stage.name), REMEDY)
 
 
 def _wanted(like: PyTree) -> PyTree:

@@ -4,9 +4,9 @@
     python train.py --config=configs/vqvae2_imagenet.py:table4_b128_h256_r1024_a2 --stage=top
 
 Meant for: 8 accelerators of 16 GB (parameters sharded over all of them, bfloat16, micro-batches). By the compiled
-programs each needs 9.1 GiB for the top and 11.2 GiB for the bottom prior, computing in float32 (`benchmarks/sizes.py`);
-with more memory or devices lower `train.accumulation`. The paper had 8 TPU cores for the autoencoder and 128 for
-the priors. `:small_prior` for one GPU.
+programs each needs 9.1 GiB for the top and 11.2 GiB for the bottom prior, computing in float32 (`python -m benchmarks
+sizes`); with more memory or devices lower `train.accumulation`. The paper had 8 TPU cores for the autoencoder and 128
+for the priors. `:small_prior` for one GPU.
 Reach: validation MSE 0.0050, top 3.41 and bottom 3.45 nats per code (from the paper; not yet reproduced here). The
 columns of Table 4 are logged by their names, `nats_per_code_at_64_epochs` and `nats_per_code_at_1m_steps`. Its last row
 (batch 1024, 512/2048, 4 attentions) is this config's top prior: 3.49 and 3.42. The others have the dense layers

@@ -1,6 +1,6 @@
 """Eight CPU devices in every test process, the golden vectors, and the folder of real data sets."""
 
-import importlib.util
+import importlib
 import os
 import pathlib
 
@@ -43,14 +43,9 @@ def tfds_dir():
 @pytest.fixture(scope="session")
 def benchmark():
     """`benchmark("rate_distortion")` -> the script of that name, as a module."""
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        yield lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 @pytest.fixture(scope="session")

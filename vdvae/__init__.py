@@ -6,7 +6,8 @@ Autoregressive Models and Can Outperform Them on Images.
 
 from vdvae.config import Config
 from vdvae.importer import imported
+from vdvae.run_plots import plots
 from vdvae.sampling import load
 from vdvae.stages import report, stages
 
-__all__ = ["Config", "imported", "load", "report", "stages"]
+__all__ = ["Config", "imported", "load", "plots", "report", "stages"]

@@ -81,8 +81,8 @@ def decode(run: Run, mesh: Mesh, split: str) -> tuple[int, Iterator[tuple[np.nda
     extraction = _extraction(run)
     if split not in extracted.SPLITS:
         raise InputError(f"'{NAME}' has the splits {' and '.join(extracted.SPLITS)}, not '{split}'")
-    if not (run.folder(NAME) / "info.json").exists():
-        raise InputError(f"{run.folder(NAME)} is missing; train.py --stage={NAME} makes it")
+    if not (run.made(NAME) / "info.json").exists():
+        raise InputError(f"{run.made(NAME)} is missing; train.py --stage={NAME} makes it")
     arrays = extracted.open_arrays(run, extraction, split)
     about = extracted.record(run, extraction, split)["about"]
     model = vae.make(run.config.model, facts.of_run(run))

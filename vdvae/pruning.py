@@ -105,7 +105,7 @@ def kl_by_channel(run: Run, mesh: Mesh) -> list[Float[np.ndarray, " z"]]:
     _, state = trainer.restore(run, "model", mesh)
     most = run.config.encoding.images
     of_weights = {"fingerprint": extracted.fingerprint(state), "step": int(state["step"]), "at_most": most}
-    path = run.folder("model") / FILE
+    path = run.made("model") / FILE
     before = lambda: run_lib.read_json(path, {"bits": list}, "remove it: it is measured again")
     is_of_weights = lambda: path.exists() and {name: before().get(name) for name in of_weights} == of_weights
     if hosts.from_first(is_of_weights):

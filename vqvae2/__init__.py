@@ -6,6 +6,7 @@ Source: Razavi, van den Oord & Vinyals 2019, Generating Diverse High-Fidelity Im
 from vqvae2.chain import load
 from vqvae2.config import Config
 from vqvae2.importer import imported
+from vqvae2.run_plots import plots
 from vqvae2.stages import report, stages
 
-__all__ = ["Config", "imported", "load", "report", "stages"]
+__all__ = ["Config", "imported", "load", "plots", "report", "stages"]

@@ -85,7 +85,7 @@ def _check_range(run: Run, split: str, name: str, values: np.ndarray, count: int
     if values.size and not 0 <= values.min() <= values.max() < count:
         wrong = values[(values < 0) | (values >= count)].flat[0]
         raise InputError(
-            f"the field '{name}' of the {split} codes in {run.folder('codes')} holds {wrong}, which does not lie in "
+            f"the field '{name}' of the {split} codes in {run.made('codes')} holds {wrong}, which does not lie in "
             f"0..{count - 1}; remove the folder, or leave out images without a class"
         )
 

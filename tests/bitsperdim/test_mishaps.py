@@ -8,7 +8,7 @@ import sys
 import pytest
 import toy_family
 
-from bitsperdim import cli, manifest, metrics, trainer
+from bitsperdim import cli, lock, manifest, metrics
 
 TOY = pathlib.Path(toy_family.__file__).with_name("toy.py")
 
@@ -136,7 +136,7 @@ def test_no_space_for_figures_or_pictures_ends_the_run_in_one_line(train, monkey
 
 def test_a_run_that_cannot_be_written_to_ends_in_one_line(train, monkeypatch):
     assert train("--config.train.steps=4")[0] == 0
-    monkeypatch.setattr(trainer, "_alone", read_only)
+    monkeypatch.setattr(lock, "alone", read_only)
     code, said = train("--config.train.steps=8")
     assert code == 2 and "Traceback" not in said
     assert said.splitlines()[-1] == (

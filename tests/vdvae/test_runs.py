@@ -7,6 +7,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import PIL.Image
 import pytest
@@ -18,7 +19,7 @@ from bitsperdim import step as step_lib
 from bitsperdim.errors import InputError
 from bitsperdim.facts import Facts
 from bitsperdim.metrics import read
-from vdvae import coding, latent_store, levels, model_stage, pruning, vae
+from vdvae import coding, latent_store, levels, model_stage, pruning, run_plots, vae
 from vdvae.config import EncodingConfig, ModelConfig, ObjectiveConfig
 
 DIGITS = Facts((8, 8, 1), 17)
@@ -48,6 +49,14 @@ def held_out(run):
 @pytest.fixture(scope="module")
 def measured(run):
     return trainer.evaluate(run_lib.with_evaluation(run, samples=4), "evaluation")
+
+
+def test_the_bars_of_the_layers_have_the_colours_of_their_resolutions(run, measured):
+    picture = run_plots.plots(run, measured)["kl_by_layer"]
+    colours = {tuple(colour) for colour in np.unique(picture.reshape(-1, 3), axis=0).tolist()}
+    resolutions = {shape[:2] for shape in levels.latent_shapes(vae.make(run.config.model, DIGITS).net.levels)}
+    ends = matplotlib.colormaps["viridis"]([0.0, 0.9], bytes=True)[:, :3].tolist()
+    assert len(resolutions) > 1 and {tuple(end) for end in ends} <= colours
 
 
 def test_a_run_learns_and_reports_a_bound_and_its_parts(run, measured):

@@ -1,8 +1,6 @@
 """The published experiments, value by value: tables 1 to 4 of the paper's supplement as the configs give them."""
 
 import dataclasses
-import pathlib
-import runpy
 
 import pytest
 
@@ -154,9 +152,9 @@ def test_codes_above_need_a_section_for_them_and_no_others_have_one(level, condi
         run_lib.parse(values)
 
 
-def test_the_table_of_sizes_has_every_config_and_refuses_names_that_there_are_not():
-    script = runpy.run_path(str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "sizes.py"))
-    choose, published = script["chosen"], dict(script["published"]())
+def test_the_table_of_sizes_has_every_config_and_refuses_names_that_there_are_not(benchmark):
+    script = benchmark("sizes")
+    choose, published = script.chosen, dict(script.published())
     names = {name.split(":")[0] for name in published}
     assert names == {name for name in config_files.names() if name.startswith("vqvae2_")}
     assert choose(["vqvae2_ffhq"], ["middle", "bottom"]) == [("vqvae2_ffhq", ["middle", "bottom"])]

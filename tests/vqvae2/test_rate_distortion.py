@@ -9,6 +9,7 @@ import pytest
 from bitsperdim import config_files
 from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
+from vqvae2 import run_plots
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,8 @@ def test_the_command_prints_a_line_a_run_and_draws_the_curve(rate_distortion, ev
     monkeypatch.setattr(sys, "argv", ["rate_distortion.py", *runs, f"--out={tmp_path / 'curve.png'}"])
     rate_distortion.main()
     small, large, *_ = capsys.readouterr().out.splitlines()
-    assert json.loads(small)["run"] == "small" and json.loads(large)["num_codes"] == 512
-    assert json.loads(small)["bits_per_image"] == 300.0
+    assert json.loads(small)["of"]["run"] == "small" and json.loads(large)["of"]["num_codes"] == 512
+    assert json.loads(small)["figures"]["bits_per_image"] == 300.0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -79,3 +80,15 @@ def test_runs_on_other_images_are_told_apart_by_fingerprint_or_name(rate_distort
         check(folder("/a/pictures", "f00d"), folder("/a/pictures", "beef"))
     with pytest.raises(InputError, match="100 images of svhn test"):
         check(folder("cifar10 test", ""), folder("svhn test", ""))
+
+
+def test_one_run_is_a_curve_from_nothing_over_the_top_codes_to_all_codes(evaluated):
+    about = {"images": 100, "mse": 0.04, "mse_over_variance": 0.25, "mse_without_bottom": 0.1, "mse_without_top": 0.15}
+    run = run_lib.open_run(evaluated("run", 512, {}))
+    measured = {"autoencoder": about, "top": {"rate_bits_per_image": 50.0}}
+    assert run_plots.rate_distortion(run, measured) == {
+        "uniform codes": [("nothing", 0.0, 0.16), ("top alone", 144.0, 0.1), ("all codes", 720.0, 0.04)],
+        "codes by the trained priors": [("nothing", 0.0, 0.16), ("top alone", 50.0, 0.1), ("all codes", 626.0, 0.04)],
+    }
+    assert run_plots.plots(run, measured)["rate_distortion"].std() > 0
+    assert run_plots.plots(run, {"top": {"rate_bits_per_image": 50.0}}) == {}

@@ -16,7 +16,20 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from bitsperdim import cli, config_files, data, evaluation, extracted, metrics, optim, records, sharding, state, trainer
+from bitsperdim import (
+    cli,
+    config_files,
+    data,
+    evaluation,
+    extracted,
+    lock,
+    metrics,
+    optim,
+    records,
+    sharding,
+    state,
+    trainer,
+)
 from bitsperdim import config as config_lib
 from bitsperdim import run as run_lib
 from bitsperdim import step as step_lib
@@ -508,9 +521,9 @@ def test_codes_that_are_not_what_was_written_are_refused(autoencoder_only, run, 
 
 def test_two_processes_do_not_work_in_one_stage(run):
     with (
-        trainer._alone(run.folder("top")),
+        lock.alone(run.folder("top")),
         pytest.raises(InputError, match=r"another process is working on .*top"),
-        trainer._alone(run.folder("top")),
+        lock.alone(run.folder("top")),
     ):
         pass
 

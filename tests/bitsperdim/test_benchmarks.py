@@ -1,0 +1,126 @@
+"""The runner of the benchmarks, their lines side by side, and RESULTS.md: that it says what the runs say."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+from bitsperdim import catalogue
+from bitsperdim import run as run_lib
+from bitsperdim.errors import InputError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FOLDERS = sorted(path.parent for path in ROOT.glob("published/*/config.json"))
+
+
+@pytest.fixture(scope="module")
+def runner(benchmark):
+    return benchmark("__main__")
+
+
+@pytest.fixture(scope="module")
+def record(benchmark):
+    return benchmark("record")
+
+
+@pytest.fixture(scope="module")
+def results(benchmark):
+    return benchmark("results")
+
+
+def test_every_benchmark_is_listed_with_its_first_line_and_has_a_main(runner, benchmark, capsys):
+    assert runner.main([]) == 0
+    said = capsys.readouterr().out
+    for name, line in runner.listed().items():
+        assert re.search(rf"^{name} +{re.escape(line)}$", said, re.MULTILINE)
+    assert {"loop", "data", "train_step", "compile_time", "memory", "samplers", "results"} <= runner.listed().keys()
+    for name in runner.HELPERS:
+        assert name not in runner.listed()
+
+
+def test_a_name_that_there_is_not_is_refused_with_the_nearest(runner, capsys):
+    assert runner.main(["tran_step"]) == 2
+    assert capsys.readouterr().err == "error: there is no benchmark 'tran_step'; did you mean 'train_step'?\n"
+
+
+def test_two_files_of_lines_stand_side_by_side_with_ratios(runner, record, capsys, tmp_path):
+    for name, seconds in (("a", 2.0), ("b", 3.0)):
+        lines = record.Record("step")
+        lines.say("step", {"batch": 4}, seconds=seconds, parameters=10)
+        lines.say("step", {"batch": 8}, seconds=4 * seconds)
+        lines.say("step", {"batch": 16 if name == "a" else 32}, seconds=1.0)  # only in one of them
+        lines.end()
+        (tmp_path / f"{name}.jsonl").write_text(capsys.readouterr().out)
+    before, after = (record.read(str(tmp_path / f"{name}.jsonl")) for name in "ab")
+    assert record.compare(before, after) == [
+        ["step step batch=4", "seconds", 2.0, 3.0, 1.5],
+        ["step step batch=4", "parameters", 10, 10, 1.0],
+        ["step step batch=8", "seconds", 8.0, 12.0, 1.5],
+    ]
+    assert before[0]["on"]["devices"].endswith("cpu") and before[0]["on"]["jax"]
+    assert runner.main(["--compare", *(str(tmp_path / f"{name}.jsonl") for name in "ab")]) == 0
+    assert "1.5" in capsys.readouterr().out
+    (tmp_path / "none.jsonl").write_text("nothing\n{}\n")
+    assert runner.main(["--compare", str(tmp_path / "a.jsonl"), str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl has no line of a benchmark" in capsys.readouterr().err
+
+
+def test_a_step_of_a_config_is_measured_in_all_cases_that_are_asked_for(benchmark, monkeypatch, capsys):
+    flags = "--config=arm_digits:tiny --stage=arm --batch=8 --vary arm.model.filters 4 8 --what forward --repeats=1"
+    monkeypatch.setattr("sys.argv", ["train_step", *flags.split()])
+    benchmark("train_step").main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["of"]["arm.model.filters"] for line in lines] == ["4", "8"]
+    assert lines[0]["figures"]["parameters"] < lines[1]["figures"]["parameters"]
+    assert all(line["of"]["batch"] == 8 and line["figures"]["seconds"] > 0 for line in lines)
+
+
+def test_a_table_for_readers_is_markdown_with_grouped_thousands(record):
+    assert record.markdown(("a", "b"), [(1234567, None), ("x", 0.5)]) == [
+        *("| a | b |", "| --- | --- |", "| 1,234,567 |  |", "| x | 0.5 |")
+    ]
+
+
+def test_results_of_a_run_name_what_it_measured_and_refuse_one_that_did_not(results, toy_config, tmp_path):
+    workdir = str(tmp_path / "toy")
+    run = run_lib.check(workdir, toy_config())
+    run_lib.create(run)
+    run_lib.write_json(run.folder("model") / "data.json", {})
+    with pytest.raises(InputError, match=r"evaluation\.json is missing; python evaluate\.py --workdir="):
+        list(results.report([workdir]))
+    model = {"split": "digits evaluation", "images": 360, "nats": 80.0, "nats_standard_error": 2.0, "bits_per_dim": 1.5}
+    measured = {"split": "evaluation", "model": model, "bits_per_dim": 1.5}
+    run_lib.write_json(run.workdir / "evaluation.json", measured)
+    text = "\n".join(results.report([workdir]))
+    (row,) = results.rows(run, measured)
+    assert (row.figure, row.value, row.error) == ("bits_per_dim", 1.5, pytest.approx(1.5 * 2.0 / 80.0))
+    assert "1.500 ± 0.037 bits/dim" in text and "digits evaluation, 360 images" in text and "8 x cpu" in text
+    assert "No published figure" in text and "of no config that is installed" in text
+
+
+def test_a_value_is_told_as_far_as_its_error_goes(results):
+    tell = lambda value, error: results.told(results.Row("nats", value, error, "nats", ""))
+    assert tell(80.95218, 0.19909) == "80.95 ± 0.20 nats"
+    assert tell(2.0224, 0.01337) == "2.022 ± 0.013 nats"
+    assert tell(3460.48, 7.39) == "3460.5 ± 7.4 nats"
+    assert tell(0.0123449, None) == "0.01234 nats"
+
+
+def test_published_figures_stand_in_the_docstrings_of_their_configs(results):
+    for reference in results.REFERENCES:
+        text = catalogue.docstring(reference.setting.partition(":")[0])
+        assert f"{reference.value:.2f}" in text or f"{reference.value:g}" in text, reference
+        assert reference.setting in results.known()
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_the_results_beside_the_code_are_those_of_the_published_runs(results, folder):
+    run = run_lib.open_run(folder)
+    measured = json.loads((folder / "evaluation.json").read_text())
+    text = (ROOT / "RESULTS.md").read_text()
+    found = results.rows(run, measured)
+    assert found
+    for row in found:
+        assert f"{results.told(row)} ({row.kind})" in text
+        assert f"| {row.figure} | {row.value:.6g} |" in text
