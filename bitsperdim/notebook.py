@@ -7,6 +7,7 @@ IPython is wherever a notebook is; nothing else here imports it. Not here: what 
 figures of the families).
 """
 
+import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from bitsperdim.run import Run
 
 WIDTH = 900  # pixels of the widest picture: a notebook with all its pictures stays small
 PANELS = 3  # curves of a training: the first figures of its log
-POINTS = 20  # of a curve, where a training is made shorter
+POINTS, PICTURES = 20, 4  # of a curve, and times that pictures are drawn, where a training is made shorter
 
 
 def shortened(values: ConfigDict, steps: int | None) -> ConfigDict:
@@ -31,8 +32,7 @@ def shortened(values: ConfigDict, steps: int | None) -> ConfigDict:
     values = values.copy_and_resolve_references()
     for section in _sections(values, "train") if steps is not None else ():
         section.steps = min(section.steps, steps)
-        every = {"log_every": section.steps // POINTS, "pictures_every": section.steps // 4}
-        section.update({name: max(1, count) for name, count in every.items()})
+        section.update({"log_every": -(-section.steps // POINTS), "pictures_every": -(-section.steps // PICTURES)})
         section.evaluate_every = section.save_every = section.steps
     return values
 
@@ -112,8 +112,12 @@ def _below_each_other(pictures: list[UInt8[np.ndarray, "h w 3"]]) -> UInt8[np.nd
     return np.concatenate([np.pad(picture, spare(picture), constant_values=images.WHITE) for picture in pictures])
 
 
-def _page(picture: UInt8[np.ndarray, "h w 3"]) -> PIL.Image.Image:
-    page = PIL.Image.fromarray(picture)
+def _page(picture: UInt8[np.ndarray, "h w 3"]) -> Any:
+    """As output of a cell: a PNG alone, where a PIL image would be shown as JPEG too."""
+    from IPython.display import Image  # pyright: ignore[reportMissingImports]
+
+    page, encoded = PIL.Image.fromarray(picture), io.BytesIO()
     if page.width > WIDTH:
         page = page.resize((WIDTH, round(page.height * WIDTH / page.width)), PIL.Image.Resampling.LANCZOS)
-    return page
+    page.save(encoded, "PNG")
+    return Image(data=encoded.getvalue())

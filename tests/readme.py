@@ -83,9 +83,10 @@ def planned(text):
 
 def prepare(scratch):
     """A copy of the checkout, a new environment, and a home with a folder of pictures."""
-    leave = shutil.ignore_patterns(".git", "runs", "__pycache__", "build", "*.egg-info")
-    shutil.copytree(ROOT, scratch / "checkout", ignore=leave)
-    venv.create(scratch / "venv", with_pip=True)
+    if not (scratch / "checkout").exists():
+        leave = shutil.ignore_patterns(".git", "runs", "__pycache__", "build", "*.egg-info")
+        shutil.copytree(ROOT, scratch / "checkout", ignore=leave)
+        venv.create(scratch / "venv", with_pip=True)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return environment | {
         "PATH": f"{scratch / 'venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
@@ -111,13 +112,17 @@ for i in range(100):
 def main():
     parser = argparse.ArgumentParser(description="Runs the commands of the README.")
     parser.add_argument("--list", action="store_true", help="show what would be run")
-    parser.add_argument("--keep", action="store_true", help="leave the folder with everything behind")
+    parser.add_argument("--folder", type=pathlib.Path, help="work here and leave it behind; what is there is used")
+    parser.add_argument("--blocks", default="1:1000", help="FIRST:LAST alone, such as 3:5; needs what is before them")
     arguments = parser.parse_args()
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix="readme-"))
-    environment = {} if arguments.list else prepare(scratch)
+    first, last = map(int, arguments.blocks.split(":"))
+    scratch = arguments.folder or pathlib.Path(tempfile.mkdtemp(prefix="readme-"))
+    environment = {} if arguments.list else prepare(scratch.absolute())
     begun, failed = time.monotonic(), []
-    for language, commands in planned(README.read_text()):
-        print(f"\n--- {language} " + "-" * 60)
+    for number, (language, commands) in enumerate(planned(README.read_text()), start=1):
+        if not first <= number <= last:
+            continue
+        print(f"\n--- {number}: {language} " + "-" * 60)
         for command, run, reasons in commands:
             print(f"$ {command.strip()}")
             if reasons:
@@ -138,8 +143,8 @@ def main():
             failed.append(script)
             print((done.stdout + done.stderr)[-3000:], flush=True)
     if not arguments.list:
-        print(f"\n{len(failed)} blocks failed, in {(time.monotonic() - begun) / 60:.0f} minutes; {scratch}")
-    if not arguments.keep:
+        print(f"\n{len(failed)} blocks failed, in {(time.monotonic() - begun) / 60:.0f} minutes")
+    if arguments.folder is None:
         shutil.rmtree(scratch)
     sys.exit(bool(failed))
 
