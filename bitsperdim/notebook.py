@@ -113,11 +113,13 @@ def _below_each_other(pictures: list[UInt8[np.ndarray, "h w 3"]]) -> UInt8[np.nd
 
 
 def _page(picture: UInt8[np.ndarray, "h w 3"]) -> Any:
-    """As output of a cell: a PNG alone, where a PIL image would be shown as JPEG too."""
+    """As output of a cell: a PNG, or a JPEG where that is smaller, as for photographs; PIL itself would give both."""
     from IPython.display import Image  # pyright: ignore[reportMissingImports]
 
-    page, encoded = PIL.Image.fromarray(picture), io.BytesIO()
+    page, encoded = PIL.Image.fromarray(picture), []
     if page.width > WIDTH:
         page = page.resize((WIDTH, round(page.height * WIDTH / page.width)), PIL.Image.Resampling.LANCZOS)
-    page.save(encoded, "PNG")
-    return Image(data=encoded.getvalue())
+    for format, options in (("PNG", {"optimize": True}), ("JPEG", {"quality": 90})):
+        page.save(buffer := io.BytesIO(), format, **options)
+        encoded.append(buffer.getvalue())
+    return Image(data=min(encoded, key=len))

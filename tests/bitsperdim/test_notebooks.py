@@ -13,7 +13,7 @@ NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipy
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 CHEAPEST = "vdvae"
 # What the parameters cell says instead, beside `variant` and `workdir`.
-TINY = {name: {"steps": 6} for name in NOTEBOOKS}
+TINY = {name: {"steps": 3} for name in NOTEBOOKS}
 TINY["arm_forecast"]["batches"] = (1,)
 every_notebook = pytest.mark.parametrize("name", NOTEBOOKS)
 
@@ -23,13 +23,17 @@ def parameters(book):
     return cell
 
 
-def outputs(book, kind):
-    """Everything of a kind that the cells have put out: 'image/png', or 'text' of streams."""
-    for cell in book.cells:
-        for output in cell.get("outputs", ()):
-            found = output.get("text") if kind == "text" else output.get("data", {}).get(kind)
-            if found:
-                yield found
+def outputs(book):
+    """Of all cells: the texts of streams, and the pictures."""
+    found = [output for cell in book.cells for output in cell.get("outputs", ())]
+    shown = [kind for output in found for kind in output.get("data", {}) if kind.startswith("image/")]
+    return "".join(output.get("text", "") for output in found), shown
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """As on a laptop; eight of them would take three times as long to compile for."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 def execute(name, folder, **given):
@@ -43,9 +47,9 @@ def execute(name, folder, **given):
 
 def check(book):
     """What each notebook shows: figures, and pictures beside the curves."""
-    text = "".join(outputs(book, "text"))
+    text, pictures = outputs(book)
     assert "bits_per_dim" in text or "rate_bits_per_image" in text
-    assert len(list(outputs(book, "image/png"))) >= 3
+    assert len(pictures) >= 3
 
 
 def test_the_cheapest_notebook_runs(tmp_path):
