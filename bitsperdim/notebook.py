@@ -8,6 +8,7 @@ figures of the families).
 """
 
 import io
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from bitsperdim.observer import Watch
 from bitsperdim.run import Run
 
 WIDTH = 900  # pixels of the widest picture: a notebook with all its pictures stays small
+SECONDS = 5.0  # between two looks at a training, each of which takes half a second of a processor
 PANELS = 3  # curves of a training: the first figures of its log
 POINTS, PICTURES = 20, 4  # of a curve, and times that pictures are drawn, where a training is made shorter
 
@@ -40,20 +42,27 @@ def shortened(values: ConfigDict, steps: int | None) -> ConfigDict:
 def watch(*prefixes: str) -> Watch:
     """For `trainer.train`: the curves of each stage, and below them its newest picture, as output that is replaced.
 
+    Every few seconds, and at the end.
+
     `prefixes`: of names of pictures, the first that a stage has is shown ('samples'); without one the first picture.
     """
     from IPython.display import display  # pyright: ignore[reportMissingImports]
 
     handles: dict[str, Any] = {}
+    due: dict[str, float] = {}
 
     def look(run: Run, stage: str) -> None:
-        folder = run.folder(stage)
-        shown = [_curves(metrics.read(folder / metrics.FILE), stage), *_newest(folder / "images", prefixes)]
-        page = _page(_below_each_other(shown))
+        folder, settings = run.folder(stage), run.stage(stage).settings
+        records = metrics.read(folder / metrics.FILE)
+        is_last = settings is not None and records[-1]["step"] == settings.steps
+        if time.monotonic() < due.get(stage, 0.0) and not is_last:
+            return
+        page = _page(_below_each_other([_curves(records, stage), *_newest(folder / "images", prefixes)]))
         if stage in handles:
             handles[stage].update(page)
         else:
             handles[stage] = display(page, display_id=True)
+        due[stage] = time.monotonic() + SECONDS
 
     return look
 

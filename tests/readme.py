@@ -133,7 +133,7 @@ def main():
         if "pictures" in script and not (scratch / "home" / "pictures").exists():
             subprocess.run(["python", "-c", PICTURES], env=environment, check=True)
         start = time.monotonic()
-        shell = ["python", "-W", "error::DeprecationWarning:__main__", "-"] if language == "python" else ["bash", "-e"]
+        shell = ["python", "-"] if language == "python" else ["bash", "-e"]
         done = subprocess.run(
             shell, input=script, env=environment, cwd=scratch / "checkout", text=True, capture_output=True
         )

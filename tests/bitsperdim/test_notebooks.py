@@ -32,7 +32,7 @@ def outputs(book):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """As on a laptop; eight of them would take three times as long to compile for."""
+    """As on a laptop; programs for eight take longer to compile."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
