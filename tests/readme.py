@@ -27,6 +27,7 @@ SKIPPED = {
     r"convert\.py --family": "needs a file of published weights",
     r"runs/published": "needs a file of published weights",
     r"cifar10": "needs CIFAR-10",
+    r"binary_mnist": "needs MNIST",
 }
 # Commands that are run in another form: pattern, what stands there instead, and why.
 CHANGED = [
