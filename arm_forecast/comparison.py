@@ -40,6 +40,7 @@ def compare(
     stream: TextIO,
     done: Sequence[Row] = (),
     keep: Callable[[list[Row]], None] = lambda rows: None,
+    batches: Sequence[int] = (),
 ) -> tuple[list[Row], dict[str, np.ndarray]]:
     """A row for each sampler and batch; plots of them, and maps of the forecasts' mistakes.
 
@@ -50,9 +51,10 @@ def compare(
     was not drawn. `seeds` = 0 marks an estimate: the calls of the smaller batch, at the time of one call.
 
     `done`: rows of an earlier start, which are not measured again; `keep` is called with all rows after each.
+    `batches`: in rising order; () for all of `BATCHES`, which take their time.
     """
     arm, rows = restored(), list(done)
-    for batch in BATCHES:
+    for batch in batches or BATCHES:
         for sampler in _samplers(arm):
             if _find(rows, sampler, batch) is not None:
                 continue

@@ -39,7 +39,7 @@ def interpolation(
 def held_out(run: Run, n: int) -> UInt8[np.ndarray, "n h w c"]:
     """So many held-out images, spread over the split; again from its beginning where it has fewer."""
     source = data.open_source(run.config.data, "evaluation")
-    seen.check_sources(run, run.stage("model"), {"evaluation": source})
+    seen.check_sources(run, run.stages()[0], {"evaluation": source})
     return source.read(np.linspace(0, source.size, n, endpoint=False).astype(np.int64))["image"]
 
 

@@ -4,6 +4,7 @@ It reads the state and changes nothing. Not here: the loop that calls it (`train
 (`metrics.py`).
 """
 
+import functools
 import textwrap
 from collections.abc import Callable
 
@@ -20,6 +21,8 @@ from bitsperdim.model import Model, Stage
 from bitsperdim.run import Run
 from bitsperdim.sources import Source
 
+Watch = Callable[[Run, str], None]  # (run, name of the stage), whose folder has new figures or pictures
+
 
 class Observer:
     """Call `open` when the first step is known, `after_step` after each, `close` at the end."""
@@ -32,6 +35,7 @@ class Observer:
         source: Source,
         mesh: Mesh,
         check_signals: Callable[[], None] = lambda: None,
+        watch: Watch | None = None,
     ) -> None:
         assert stage.settings and stage.pictures
         self._config, self._model, self._mesh = stage.settings, model, mesh
@@ -39,6 +43,7 @@ class Observer:
         self._remarks = lambda step, figures: stage.remarks(run, step, figures)
         self._source = source
         self._check_signals = check_signals
+        self._watch = functools.partial(watch, run, stage.name) if watch is not None and hosts.is_first() else None
         self._pictures = stage.pictures(run, hosts.local_mesh(mesh))
         self._key = rng.for_purpose(jax.random.key(run.seed(stage.name)), "evaluation")
         self._measure = evaluation.compiled(model, mesh)
@@ -76,10 +81,14 @@ class Observer:
             jax.block_until_ready(report)
             self._throughput.restart(done)
             self._compiled = True
-        if self._is_due(done, self._config.log_every):
+        if logs := self._is_due(done, self._config.log_every):
             with jax.transfer_guard("allow"):  # the loop forbids what a step did not ask for; figures come and go
                 self._log(done)
-        return self._look(done, state)
+        figures = self._look(done, state)
+        if self._watch is not None and (logs or figures or self._is_due(done, self._config.pictures_every)):
+            self._watch()
+            self._throughput.restart(done)
+        return figures
 
     def _look(self, done: int, state: PyTree) -> dict[str, float]:
         """Evaluates and draws when it is time to."""

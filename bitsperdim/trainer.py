@@ -23,18 +23,24 @@ from bitsperdim import step as step_lib
 from bitsperdim.checkpoint import Checkpoints
 from bitsperdim.errors import InputError, Interrupted
 from bitsperdim.model import Model, Stage
-from bitsperdim.observer import Observer
+from bitsperdim.observer import Observer, Watch
 from bitsperdim.run import Run
 from bitsperdim.signals import Signals
 from bitsperdim.trained import abstract_state, checkpoints_of, restore
 from bitsperdim.trained import restored_step as restored_step
 
 
-def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", init_from: str = "") -> Run:
+def train(
+    values: ConfigDict | Mapping[str, Any],
+    workdir: str,
+    only: str = "",
+    init_from: str = "",
+    watch: Watch | None = None,
+) -> Run:
     """Trains every stage that is not complete, in order (or the stage `only`), in the run folder `workdir`.
 
     A stage that begins, and that the run `init_from` has trained, begins with the Polyak weights from there; one that
-    has begun goes on.
+    has begun goes on. `watch(run, stage)` is called whenever the folder of a stage has new figures or pictures.
 
     The same call again goes on where the last one stopped, bit for bit. Raises `InputError` before anything is written
     when the config, the data or the folder do not fit, `Interrupted` after a signal (`KeyboardInterrupt` where there is
@@ -74,7 +80,7 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", 
                 with lock.alone(run.made(stage.name)), signals.deferred():
                     stage.extract(run, mesh, signals.check)
             else:
-                train_stage(run, stage, mesh, signals, init_from)
+                train_stage(run, stage, mesh, signals, init_from, watch)
             signals.check()
     return run
 
@@ -91,7 +97,9 @@ def is_complete(run: Run, stage: Stage) -> bool:
         return checkpoints.newest() >= stage.settings.steps and checkpoints.newest_whole() >= stage.settings.steps
 
 
-def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from: str = "") -> None:
+def train_stage(
+    run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from: str = "", watch: Watch | None = None
+) -> None:
     """From the newest checkpoint, or from nothing, to the stage's last step."""
     assert stage.model and stage.source and stage.optim and stage.settings
     config, seed, model = stage.settings, run.seed(stage.name), stage.model(run)
@@ -101,7 +109,7 @@ def train_stage(run: Run, stage: Stage, mesh: Mesh, signals: Signals, init_from:
     seen.check_same_images(sources)
     like = abstract_state(run, stage, model, mesh)
     _check_best_metric(config, model, like, sources["evaluation"])
-    observer = Observer(run, stage, model, sources["evaluation"], mesh, signals.check)
+    observer = Observer(run, stage, model, sources["evaluation"], mesh, signals.check, watch)
     weights, record = warm_start.begin(run, stage, like, init_from)
     _record_start(run, stage, sources, record)
     if stage.warning:

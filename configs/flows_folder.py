@@ -4,7 +4,7 @@
 
 Meant for: one GPU with 16 GB at 64x64; for other sizes `--config.data.image_size=128`.
 Reach: that depends on the images; 5 bits (`--config.data.bits=5`) look better early.
-Variants: uniform, tiny (8x8, seconds; for tests).
+Variants: uniform, cpu (32x32, a small network for two CPU cores), tiny (8x8, seconds; for tests).
 """
 
 from ml_collections import ConfigDict
@@ -13,10 +13,13 @@ from bitsperdim import config_files
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "uniform", "tiny"):
-        raise ValueError(f"no variant '{variant}'; there are uniform, tiny")
-    config = config_files.load("flows_imagenet64:variational")
-    config.data = ConfigDict({"source": "folder", "path": "pictures", "image_size": 64, "train_crop": "random"})
+    if variant not in ("", "uniform", "cpu", "tiny"):
+        raise ValueError(f"no variant '{variant}'; there are uniform, cpu, tiny")
+    config = config_files.load("flows_cifar10:cpu" if variant == "cpu" else "flows_imagenet64:variational")
+    edge = 32 if variant == "cpu" else 64
+    config.data = ConfigDict({"source": "folder", "path": "pictures", "image_size": edge, "train_crop": "random"})
+    if variant == "cpu":
+        return config
     flow = {"steps": ((4,), (8, 8), (8, 8), (8, 8), (8,)), "widths": (24, 256, 256, 256, 256)}
     config.model.flow.update(flow)
     config.model.flip = True

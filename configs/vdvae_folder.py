@@ -7,21 +7,31 @@ next multiple of the product of the strides, and that padding is not counted; `i
 `image_size=0` take images that are not square. Grey images: `--config.data.channels=1`.
 Reach: that depends on the images. Compare the training with the held-out `bits_per_dim`, and look at `kl_nats_1x1`: a
 level whose divergence stays near zero is not used.
-Variants: 256 (eight levels at 256x256, in bfloat16), tiny (32x32, seconds; for tests).
+Variants: 256 (eight levels at 256x256, in bfloat16), cpu (32x32, a small network for two CPU cores), tiny (32x32,
+    seconds; for tests).
 """
 
 from ml_collections import ConfigDict
 
 from bitsperdim import config_files
 
+BASES = {
+    "": ("vdvae_celeba64", 64),
+    "256": ("vdvae_ffhq256", 256),
+    "cpu": ("vdvae_cifar10:cpu", 32),
+    "tiny": ("vdvae_imagenet64:tiny", 32),
+}
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "256", "tiny"):
-        raise ValueError(f"no variant '{variant}'; there are 256 and tiny")
-    config = config_files.load({"": "vdvae_celeba64", "256": "vdvae_ffhq256", "tiny": "vdvae_imagenet64:tiny"}[variant])
-    edge = {"": 64, "256": 256, "tiny": 32}[variant]
+    if variant not in BASES:
+        raise ValueError(f"no variant '{variant}'; there are 256, cpu and tiny")
+    base, edge = BASES[variant]
+    config = config_files.load(base)
     config.data = ConfigDict({"source": "folder", "path": "pictures", "image_size": edge, "train_crop": "random"})
     config.model.flip = True
+    if variant == "cpu":
+        return config
     if variant == "tiny":
         for key in ("layers", "skips", "blocks", "widths", "latents", "bottlenecks"):
             config.model[key] = config.model[key][:-1]

@@ -7,15 +7,21 @@ Meant for: one GPU with 16 GB at 256x256, or any other size: `--config.data.imag
 section `middle`, as in `vqvae2_ffhq.py`.
 Reach: that depends on the images. Compare the training with the held-out `nats_per_code`: a few thousand images are
 soon known by heart.
-Variants: tiny (32x32, seconds; for tests).
+Variants: cpu (32x32, a small network for two CPU cores), tiny (32x32, seconds; for tests).
 """
 
 from ml_collections import ConfigDict
 
+from bitsperdim import config_files
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "tiny"):
-        raise ValueError(f"no variant '{variant}'; there is tiny")
+    if variant not in ("", "cpu", "tiny"):
+        raise ValueError(f"no variant '{variant}'; there are cpu and tiny")
+    if variant == "cpu":
+        config = config_files.load("vqvae2_photos")
+        config.data = ConfigDict({"source": "folder", "path": "pictures", "image_size": 32, "train_crop": "random"})
+        return config
     config = ConfigDict(
         {
             "family": "vqvae2",

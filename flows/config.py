@@ -80,6 +80,9 @@ class ModelConfig:
 
     flow: FlowConfig
     dequantization: DequantizationConfig | None = None  # None: uniform noise
+    # Uniform noise lies in [0, noise_width) of a level. Below 1 for teaching alone: the bound holds for any width, but
+    # the density it is made of grows without end as the width goes to 0 (`lesson.py`).
+    noise_width: float = 1.0
     range: str = "symmetric"  # of the flow's input: [-1, 1), or 'unit': [0, 1)
     samples: int = 1  # K of the training objective, all of them through the flow
     alpha: float = 1.0  # order of the Renyi bound: 1 the evidence lower bound, 0 the importance-weighted one
@@ -95,6 +98,8 @@ class ModelConfig:
         one_of(self, range=("symmetric", "unit"), inverse=("auto", *INVERSES))
         at_least(self, 1, "samples", "measured_samples", "chunk", "init_images")
         at_least(self, 0, "shift")
+        if not 0.0 < self.noise_width <= 1.0 or (self.dequantization is not None and self.noise_width != 1.0):
+            raise ValueError(f"noise_width must lie in (0, 1], and be 1 with learned noise, not {self.noise_width}")
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha must be finite, not {self.alpha}")
         for key in ("samples", "measured_samples"):

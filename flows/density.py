@@ -46,7 +46,7 @@ def make(config: ModelConfig, about: Facts) -> Density:
     channels, levels, range = about.shape[-1], about.levels, cast(Range, config.range)
     flow = layers.multi_scale(config.flow, channels, 0, scan, inverse)
     noise = (
-        dequantization.uniform()
+        dequantization.uniform(config.noise_width)
         if config.dequantization is None
         else dequantization.variational(config.dequantization, channels, levels, scan)
     )

@@ -34,12 +34,12 @@ class Dequantizer(NamedTuple):
     from_normal: Callable[[PyTree, Float[Array, "k b h w c"], Array], tuple[Array, Array]] | None = None
 
 
-def uniform() -> Dequantizer:
-    """q(u | x) = 1 on [0, 1)^D: log q = 0."""
+def uniform(width: float = 1.0) -> Dequantizer:
+    """q(u | x) = width^-D on [0, width)^D: log q = -D log width, 0 for the whole cell."""
 
     def draw(params: PyTree, images: Array, keys: Key[Array, "k b"]) -> tuple[Array, Array]:
         noise = jax.vmap(lambda keys: dequantize.uniform_noise(keys, images.shape[1:]))(keys)
-        return noise, jnp.zeros(keys.shape)
+        return width * noise, jnp.full(keys.shape, -math.log(width) * math.prod(images.shape[1:]))
 
     def init_from_batch(params: PyTree, images: Array, keys: Key[Array, " b"]) -> tuple[PyTree, Array]:
         return params, draw(params, images, keys[None])[0][0]

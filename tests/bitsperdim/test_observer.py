@@ -61,6 +61,22 @@ def test_a_milestone_is_measured_at_its_step_and_logged_under_its_name(train):
     assert named[1]["bits_per_dim_at_the_end"] == measured[8]["bits_per_dim"] != measured[3]["bits_per_dim"]
 
 
+def test_who_watches_is_called_when_there_is_something_new_to_see(toy_config, tmp_path):
+    seen = []
+
+    def watch(run, stage):
+        lines = metrics.read(run.folder(stage) / metrics.FILE)
+        pictures = list((run.folder(stage) / "images").glob("*-00000008.png"))
+        seen.append((stage, lines[-1]["step"], len(lines), len(pictures) > 0))
+
+    config = toy_config()
+    with config.unlocked():
+        config.update_from_flattened_dict({**SHORT, "train.log_every": 2})
+    trainer.train(config, str(tmp_path / "run"), watch=watch)
+    # The lines of training, and behind those of steps 4 and 8 that of an evaluation; pictures at the end.
+    assert seen == [("model", 2, 1, False), ("model", 4, 3, False), ("model", 6, 4, False), ("model", 8, 6, True)]
+
+
 def test_skipped_steps_are_said_and_the_largest_norm_of_each_window_is_logged(train, capsys):
     folder = train(skip_norm=1e-9, log_every=4)
     lines = [line for line in metrics.read(folder / metrics.FILE) if line["kind"] == "train"]

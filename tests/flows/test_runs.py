@@ -15,7 +15,7 @@ from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 from bitsperdim.facts import Facts
 from bitsperdim.metrics import read
-from flows import actnorm, convert, density, dequantization, encoder, imported, layers, squeeze
+from flows import actnorm, convert, density, dequantization, encoder, imported, layers, lesson, squeeze
 
 
 def config_of(variant="tiny", **changes):
@@ -97,6 +97,26 @@ def test_more_noise_samples_tighten_the_bound(loaded, images):
     assert many > one
     with pytest.raises(InputError, match="samples must be at most 2"):
         loaded.log_prob(images, samples=3)
+
+
+def test_what_noise_lacks_in_width_is_taken_from_the_bound():
+    image, keys = jnp.full((3, 4, 4, 1), 2, jnp.uint8), rng.per_example(jax.random.key(0), jnp.arange(3))[None]
+    u, log_q = dequantization.uniform(0.25).draw({}, image, keys)
+    whole, none = dequantization.uniform().draw({}, image, keys)
+    np.testing.assert_array_equal(u, 0.25 * whole)
+    np.testing.assert_allclose(log_q, np.full((1, 3), 16 * np.log(4.0)), rtol=1e-6)  # 1 / volume
+    np.testing.assert_array_equal(none, 0.0)
+    for changes in ({"model.noise_width": 0.0}, {"model.noise_width": 1.5}):
+        with pytest.raises(InputError, match=r"noise_width must lie in \(0, 1\]"):
+            run_lib.parse(config_of(**changes))
+
+
+@pytest.mark.slow
+def test_inside_a_bin_stand_the_noise_of_the_pixel_and_a_density_of_its_values(run, images):
+    for noise, line in lesson._along(run, images[0]).values():
+        assert noise.shape == (lesson.DRAWS,) and 0.0 <= noise.min() and noise.max() < 1.0
+        assert np.trapezoid(line, lesson.OFFSETS) == pytest.approx(1.0)
+    assert lesson.inside_a_bin({"learned": run}).shape[2] == lesson.densities({"learned": run}).shape[2] == 3
 
 
 def test_paths_between_images_begin_and_end_with_them(loaded, images):
