@@ -40,8 +40,11 @@ _ERRORS: dict[int, type[RunError]] = {kind.exit_code: kind for kind in (InputErr
 def join(how: str) -> None:
     """Makes this process one of several. `InputError` where `how` is none of `FORMS`, or the others do not come.
 
-    Before anything has touched a device.
+    Before anything has touched a device. A process that has not found the others can only end.
     """
+    address = _address(how)
+    if "process_id" in address:
+        _look_for_first(how, address)
     # Its handler would take SIGTERM from ours (`signals.py`), which knows what there is to save.
     jax.config.update("jax_enable_preemption_service", False)
     times: dict[str, Any] = {
@@ -50,10 +53,38 @@ def join(how: str) -> None:
         "shutdown_timeout_seconds": HEARTBEAT_TIMEOUT,
     }
     try:
-        jax.distributed.initialize(**_address(how), **times)
+        jax.distributed.initialize(**address, **times)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--multihost={how}: the processes have not found each other ({reason})") from error
+        failed = InputError(f"--multihost={how}: the processes have not found each other ({reason})")
+        raise of_one(failed) from error
+
+
+def _look_for_first(how: str, address: dict[str, Any]) -> None:
+    """Raises `InputError` where the first process, at this address, cannot be there, or is not in time."""
+    host, _, text = address["coordinator_address"].rpartition(":")
+    port, deadline = int(text), time.monotonic() + START_TIMEOUT
+    if address["process_id"] == 0:
+        # Two services on one port would each get a part of the processes.
+        six = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if six else socket.AF_INET
+        try:
+            socket.create_server(("", port), family=family, dualstack_ipv6=six).close()
+        except OSError as error:
+            message = f"--multihost={how}: port {port} is not to be had here ({error.strerror}); choose another one"
+            raise InputError(message) from error
+        return
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"--multihost={how}: no process 0 at {host}:{port} within {START_TIMEOUT} s ({error}); start all "
+                    "processes, with the address of the first one"
+                ) from error
+        time.sleep(0.2)
 
 
 def _address(how: str) -> dict[str, Any]:
@@ -97,12 +128,13 @@ class _Message(NamedTuple):
 def together() -> Iterator[None]:
     """What one process cannot do ends it in all of them, with the same error. Collective.
 
-    A signal that stops one process in here stops all of them.
+    A signal that stops one process in here stops all of them. An error `of_one` ends its process alone, which the
+    others then lose.
     """
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if not is_of_all(error):
+        if not is_of_all(error) and not is_of_one(error):
             _tell(error)
         raise
     if are_several():
@@ -218,7 +250,17 @@ def local(tree: PyTree) -> PyTree:
 
 def is_of_all(error: BaseException) -> bool:
     """Do all processes of the run have this error, so that what is `Collective` can still be called?"""
-    return not are_several() or getattr(error, "is_of_all", False)
+    return not is_of_one(error) and (not are_several() or getattr(error, "is_of_all", False))
+
+
+def of_one(error: Exception) -> Exception:
+    """The error, marked as one that the others cannot be told of: they wait where nothing reaches them."""
+    error.is_of_one = True  # pyright: ignore[reportAttributeAccessIssue]
+    return error
+
+
+def is_of_one(error: BaseException) -> bool:
+    return getattr(error, "is_of_one", False)
 
 
 def code_of(error: BaseException) -> int:
@@ -230,7 +272,7 @@ def code_of(error: BaseException) -> int:
 
 def explained(error: BaseException) -> BaseException:
     """What an error means for one of several processes: of JAX, that a collective operation has lost a partner."""
-    if not are_several():
+    if isinstance(error, RunError) or not are_several():
         return error
     if isinstance(error, KeyboardInterrupt):
         return Interrupted(f"stopped by {error}; start all processes again: the run goes on from its last checkpoint")

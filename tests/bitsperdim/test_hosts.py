@@ -320,3 +320,20 @@ def test_all_stages_of_two_processes_have_the_bits_of_one_though_the_codes_were_
     assert read("two") == read("one")
     pictures = [sorted(path.name for path in (tmp_path / name).glob("*/images/*")) for name in ("one", "two")]
     assert pictures[0] == pictures[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flows_digits", "vdvae_digits", "arm_digits"])
+def test_the_other_families_have_the_same_bits_in_one_process_and_in_two(tmp_path, name, saved_state, assert_same_bits):
+    for count in (1, 2):
+        config = {"config": f"{name}:tiny", "devices": 2 // count}
+        processes = Processes(tmp_path / str(count), count, after=EVALUATE, **config)
+        assert processes.codes(300) == [0] * count, processes.said(count - 1)
+    one, two = tmp_path / "1", tmp_path / "2"
+    assert json.loads((two / "evaluation.json").read_text()) == json.loads((one / "evaluation.json").read_text())
+    for stage in run_lib.open_run(one).stages():
+        if stage.settings is not None and not stage.on_request:
+            assert_same_bits(saved_state(two, name=stage.name), saved_state(one, name=stage.name))
+            assert lines(two, stage.name) == lines(one, stage.name)
+    drawn = [sorted(path.name for path in folder.glob("*/images/*")) for folder in (one, two)]
+    assert drawn[0] == drawn[1]
