@@ -14,6 +14,7 @@ import re
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
@@ -48,16 +49,26 @@ def join(how: str) -> None:
     # Its handler would take SIGTERM from ours (`signals.py`), which knows what there is to save.
     jax.config.update("jax_enable_preemption_service", False)
     times: dict[str, Any] = {
-        "initialization_timeout": START_TIMEOUT,
+        "initialization_timeout": START_TIMEOUT + 60,
         "heartbeat_timeout_seconds": HEARTBEAT_TIMEOUT,
         "shutdown_timeout_seconds": HEARTBEAT_TIMEOUT,
     }
+    failed = lambda reason: of_one(InputError(f"--multihost={how}: the processes have not found each other ({reason})"))
+    # JAX would abort this process, with an address where it was in C++.
+    late = threading.Timer(START_TIMEOUT, _give_up, [failed(f"not all have started within {START_TIMEOUT} s")])
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(**address, **times)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        failed = InputError(f"--multihost={how}: the processes have not found each other ({reason})")
-        raise of_one(failed) from error
+        raise failed(str(error).strip().splitlines()[0]) from error
+    finally:
+        late.cancel()
+
+
+def _give_up(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    end(error)
 
 
 def _look_for_first(how: str, address: dict[str, Any]) -> None:
@@ -71,8 +82,10 @@ def _look_for_first(how: str, address: dict[str, Any]) -> None:
         try:
             socket.create_server(("", port), family=family, dualstack_ipv6=six).close()
         except OSError as error:
-            message = f"--multihost={how}: port {port} is not to be had here ({error.strerror}); choose another one"
-            raise InputError(message) from error
+            reason = os.strerror(error.errno or 0)
+            raise InputError(
+                f"--multihost={how}: port {port} cannot be opened here ({reason}); choose another"
+            ) from error
         return
     while True:
         try:
@@ -277,7 +290,8 @@ def explained(error: BaseException) -> BaseException:
     if isinstance(error, KeyboardInterrupt):
         return Interrupted(f"stopped by {error}; start all processes again: the run goes on from its last checkpoint")
     is_of_gloo = isinstance(error, ValueError) and "Gloo" in str(error)  # the collectives of CPUs
-    if not is_of_gloo and not isinstance(error, jax.errors.JaxRuntimeError):
+    is_of_orbax = isinstance(error, TimeoutError) and "barrier" in str(error)  # behind the writing of a checkpoint
+    if not is_of_gloo and not is_of_orbax and not isinstance(error, jax.errors.JaxRuntimeError):
         return error
     return LostError(
         f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because another one has "

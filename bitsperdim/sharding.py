@@ -89,7 +89,7 @@ def _check_rules(name: str, rules: Rules, known: tuple[str, ...]) -> None:
             raise ValueError(f"{name} must name the axes {axes}, not {sorted(unknown)} for {pattern!r}")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh (data, fsdp) over `devices` (None: all), with the axes `model` and `spatial` where they are above 1.
 
     `InputError` when the sizes do not fit the number of devices.

@@ -1,0 +1,78 @@
+"""What devices send each other in a training step of every family: one table, held against compiled programs.
+
+python tests/toy/step_collectives.py 64        on so many devices of the CPU, in a process of its own
+"""
+
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from bitsperdim import config_files, plan, program, trained
+from bitsperdim import step as step_lib
+
+# Every step sums gradients over its devices, and the few means that it reports; where weights are sharded they are
+# gathered, as often as the passes that use them in a loop, and a device may keep its part of a sum. Beside that:
+SUMS = {
+    # (config, stage): sums over the global batch that the family needs
+    ("vqvae2_photos", "autoencoder"): "hits, vector sums and candidates of the codebooks",
+    ("vqvae2_photos", "top"): "",
+    ("vqvae2_photos", "bottom"): "",
+    ("vqvae2_photos with BatchNorm", "bottom"): "moments of BatchNorm",
+    ("vdvae_digits", "model"): "divergences of the layers, for gamma",
+    ("flows_digits", "model"): "",
+    ("arm_digits", "arm"): "",
+    ("arm_latent_cifar10", "autoencoder"): "hits, vector sums and candidates of the codebooks",
+    ("arm_latent_cifar10", "arm"): "",
+}
+KINDS = {"replicated": {"all-reduce"}, "fsdp": {"all-reduce", "reduce-scatter", "all-gather"}}
+EACH = 4  # examples on each device: activations of so many would break the bounds
+NUMBERS = 64  # of means, norms and the like
+PASSES = 3  # forward, computed again, backward
+
+
+def check(case: tuple[str, str], count: int, fsdp: int) -> str:
+    """Asserts that a step of a case on so many devices sends what the table says, and nothing else."""
+    name, stage_name = case
+    values = config_files.load(f"{name.split()[0]}:tiny")
+    if name.endswith("BatchNorm"):
+        values.bottom.model.conditioning.norm = "batch"
+    values.mesh = {"data": -1, "fsdp": fsdp}
+    (values if "train" in values else values[stage_name]).train.batch_size = EACH * count
+    with plan.planned(values, count) as (run, mesh):
+        stage = run.stage(stage_name)
+        model, batch = stage.model(run), plan.abstract_batch(run, stage, mesh)
+        like = trained.abstract_state(run, stage, model, mesh)
+        step = step_lib.compiled(model, stage.optim, stage.settings, 0, mesh, like).lower(like, batch)
+        found = program.collectives(step.compile({"xla_backend_optimization_level": "0"}).as_text())
+        _, aux = jax.eval_shape(
+            model.loss, like["params"], like["extra"], batch, jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
+        )
+    params = jax.tree.leaves(like["params"])
+    sharded = [leaf for leaf in params if not leaf.sharding.is_fully_replicated]
+    assert bool(sharded) == (fsdp > 1)
+    kinds = KINDS["fsdp" if fsdp > 1 else "replicated"]
+    assert {one.kind for one in found} <= kinds, {one.kind for one in found} - kinds
+
+    numbers = lambda leaves: sum(math.prod(leaf.shape) for leaf in leaves)
+    statistics = jax.tree.leaves((aux.tallies, aux.statistics)) if SUMS[case] else []
+    moved = lambda kind: sum(one.bytes * one.times for one in found if one.kind == kind) / 4
+    # Between the groups that share a device's part of the weights a sum of that part may follow.
+    summed, extra = moved("all-reduce") + moved("reduce-scatter"), numbers(sharded) / fsdp + numbers(statistics)
+    assert numbers(params) <= summed <= numbers(params) + extra + NUMBERS, (summed, numbers(params), extra)
+    gathered = [shape for one in found if one.kind == "all-gather" for shape in one.shapes]
+    # Of stacked layers those of one are gathered at a time.
+    shapes = {piece for leaf in sharded for piece in (leaf.shape, leaf.shape[1:], (1, *leaf.shape[1:]))}
+    assert set(gathered) <= shapes, set(gathered) - shapes
+    assert moved("all-gather") <= PASSES * numbers(sharded)
+    sent = {kind: round(4 * moved(kind)) for kind in sorted(kinds) if moved(kind)}
+    return f"{name}, {stage_name}, on {count} devices, fsdp {fsdp}: bytes {sent}"
+
+
+if __name__ == "__main__":
+    count = int(sys.argv[1])
+    plan.use_devices(count)
+    for case in SUMS:
+        for fsdp in (1, 8):
+            print(check(case, count, fsdp), flush=True)
