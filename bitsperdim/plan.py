@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from bitsperdim import config as config_lib
-from bitsperdim import data, program, sharding, tfds_source, trained, trainer
+from bitsperdim import data, program, sharding, tfds_source, trained
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
@@ -109,7 +109,8 @@ def planned(values: ConfigDict | Mapping[str, Any], count: int = 0) -> Iterator[
 def of_stage(run: Run, stage: Stage, mesh: Mesh, compiles: bool = True) -> dict[str, Any]:
     """The record of one stage; without `compiles` its parameters and bytes of its state alone."""
     assert stage.model and stage.settings and stage.optim
-    trainer.check_rows(stage, mesh)
+    if not stage.by_rows:
+        sharding.check_whole_images(mesh, stage.name)
     model, settings = stage.model(run), stage.settings
     section = _path(run.config, settings)
     like, each = trained.abstract_state(run, stage, model, mesh), settings.steps_per_dispatch

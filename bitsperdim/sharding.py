@@ -136,6 +136,15 @@ def by_rows(mesh: Mesh) -> Iterator[None]:
         _BY_ROWS.reset(token)
 
 
+def check_whole_images(mesh: Mesh, stage: str) -> None:
+    """Raises `InputError` where `mesh` divides images by rows, which the model of this stage cannot."""
+    if "spatial" in mesh.shape:
+        raise InputError(
+            f"mesh.spatial={mesh.shape['spatial']} divides images by rows, which the model of stage '{stage}' cannot; "
+            "set it to 1 (--stage=NAME trains another stage with a mesh of its own)"
+        )
+
+
 def divides_rows() -> bool:
     """Are rows divided, inside `by_rows`?"""
     return _BY_ROWS.get() is not None

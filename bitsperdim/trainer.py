@@ -50,7 +50,8 @@ def train(values: ConfigDict | Mapping[str, Any], workdir: str, only: str = "", 
             for stage in chosen:
                 _check_schedule(stage)
                 _check_batch_size(stage, mesh)
-                check_rows(stage, mesh)
+                if stage.model is not None and not stage.by_rows:
+                    sharding.check_whole_images(mesh, stage.name)
             for stage in chosen:
                 # What cannot be built should not be found out when its turn comes, hours later. May fetch the data.
                 if stage.model is not None:
@@ -285,15 +286,6 @@ def _check_batch_size(stage: Stage, mesh: Mesh) -> None:
         raise InputError(
             f"{stage.name}.train.batch_size={stage.settings.batch_size} "
             f"in {parts} part(s) is not divisible by the {among}; use a multiple of {count * parts}"
-        )
-
-
-def check_rows(stage: Stage, mesh: Mesh) -> None:
-    """Raises `InputError` where a mesh divides images by rows, and the model of a stage cannot."""
-    if "spatial" in mesh.shape and stage.model is not None and not stage.by_rows:
-        raise InputError(
-            f"mesh.spatial={mesh.shape['spatial']} divides images by rows, which the model of stage '{stage.name}' "
-            "cannot; set it to 1 (--stage=NAME trains a stage with a mesh of its own)"
         )
 
 

@@ -61,6 +61,16 @@ def test_what_fits_and_what_does_not(record):
     assert "--config.bottom.model.remat=true or --config.bottom.train.accumulation=2" in text
 
 
+def test_weak_scaling_is_the_time_of_one_device_over_that_of_all(benchmark):
+    devices = benchmark("devices")
+    one = {"count": 1, "devices": {"data": 1}, "flops": 2.75e14, "product_bytes": 1.2e12, "traffic": {}}
+    moved = {"all-reduce": {"bytes": 64 * 150e9 / 63, "count": 1}}
+    all_of_it = {"count": 64, "devices": {"data": 64}, "flops": 64 * 2.75e14, "product_bytes": 0, "traffic": moved}
+    # 2.5 s of arithmetic, which hide 1.25 s of memory traffic; then a second of sums, twice 150 GB at 300 GB/s.
+    assert devices.seconds(all_of_it, one, "v4") == pytest.approx((2.5, 1.0))
+    assert devices.efficiency(all_of_it, one, "v4") == pytest.approx((2.5 / 3.5, 1.0))
+
+
 def test_chips():
     assert plan.chip("h100").memory == 80 * GIB
     assert plan.chip("100:16:50") == Chip(1e14, 16 * GIB, 5e10)
