@@ -44,7 +44,8 @@ def main() -> None:
         like = trained.abstract_state(run, stage, model, mesh)
         examples = plan.abstract_batch(run, stage, mesh)
         settings = stage.settings
-        state = state_lib.create(model, optim.optimizer(stage.optim, settings.steps), jax.random.key(0), like)
+        optimizer, key = optim.optimizer(stage.optim, settings.steps), jax.random.key(0)
+        state = jax.block_until_ready(state_lib.create(model, optimizer, key, like))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         arrays = len(jax.tree.leaves(state))
         say("state", parameters=state_lib.num_params(state), gib=size / 2**30, arrays=arrays)
