@@ -12,7 +12,7 @@ CHEAP = [("vqvae2_photos", "autoencoder"), ("vdvae_digits", "model"), ("flows_di
 
 @pytest.mark.parametrize("case", CHEAP, ids=[name for name, _ in CHEAP])
 def test_a_step_of_every_family_sends_what_its_table_says(case):
-    print(step_collectives.check(case, 8, 4))
+    print(step_collectives.check(case, 8, 8))
 
 
 @pytest.mark.slow

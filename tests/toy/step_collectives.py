@@ -27,7 +27,9 @@ SUMS = {
     ("arm_latent_cifar10", "arm"): "",
 }
 KINDS = {"replicated": {"all-reduce"}, "fsdp": {"all-reduce", "reduce-scatter", "all-gather"}}
-EACH = 4  # examples on each device: activations of so many would break the bounds
+# Where layers split sharded kernels by their outputs, the pieces move to where the compiler wants them.
+PIECES = {("vdvae_digits", "model"): {"collective-permute", "all-to-all"}}
+EACH = 32  # examples on each device: activations of so many would break the bounds
 NUMBERS = 64  # of means, norms and the like
 PASSES = 3  # forward, computed again, backward
 
@@ -53,21 +55,31 @@ def check(case: tuple[str, str], count: int, fsdp: int) -> str:
     sharded = [leaf for leaf in params if not leaf.sharding.is_fully_replicated]
     assert bool(sharded) == (fsdp > 1)
     kinds = KINDS["fsdp" if fsdp > 1 else "replicated"]
-    assert {one.kind for one in found} <= kinds, {one.kind for one in found} - kinds
+    pieces = PIECES.get(case, set()) if fsdp > 1 else set()
+    strange = [one for one in found if one.kind not in kinds | pieces]
+    assert not strange, strange
 
     numbers = lambda leaves: sum(math.prod(leaf.shape) for leaf in leaves)
     statistics = jax.tree.leaves((aux.tallies, aux.statistics)) if SUMS[case] else []
     moved = lambda kind: sum(one.bytes * one.times for one in found if one.kind == kind) / 4
-    # Between the groups that share a device's part of the weights a sum of that part may follow.
-    summed, extra = moved("all-reduce") + moved("reduce-scatter"), numbers(sharded) / fsdp + numbers(statistics)
-    assert numbers(params) <= summed <= numbers(params) + extra + NUMBERS, (summed, numbers(params), extra)
+    summed = moved("all-reduce") + moved("reduce-scatter")
+    # Gradients that no example takes part in, as those of a log-determinant alone, need no sum.
+    least, most = 0.9 * numbers(params), numbers(params) + numbers(statistics) + NUMBERS
+    if 1 < fsdp < count:
+        most += numbers(params)  # a second sum, between those that have the same part of the weights
+    assert least <= summed <= most, (least, summed, most)
+    assert sum(map(moved, pieces)) <= numbers(sharded) / 10
     gathered = [shape for one in found if one.kind == "all-gather" for shape in one.shapes]
     # Of stacked layers those of one are gathered at a time.
-    shapes = {piece for leaf in sharded for piece in (leaf.shape, leaf.shape[1:], (1, *leaf.shape[1:]))}
-    assert set(gathered) <= shapes, set(gathered) - shapes
-    assert moved("all-gather") <= PASSES * numbers(sharded)
-    sent = {kind: round(4 * moved(kind)) for kind in sorted(kinds) if moved(kind)}
+    shapes = {_without_ones(leaf.shape[i:]) for leaf in sharded for i in range(leaf.ndim)}
+    assert set(map(_without_ones, gathered)) <= shapes, set(gathered)
+    assert moved("all-gather") <= PASSES * numbers(params), (moved("all-gather"), numbers(params))
+    sent = {kind: round(4 * moved(kind)) for kind in sorted(kinds | pieces) if moved(kind)}
     return f"{name}, {stage_name}, on {count} devices, fsdp {fsdp}: bytes {sent}"
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size > 1)
 
 
 if __name__ == "__main__":
