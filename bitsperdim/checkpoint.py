@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ class Checkpoints:
             try:
                 self._orbax.save(folder / data, args=ocp.args.PyTreeSave(_saved(arrays)))
             except Exception as error:
-                _raise_explained(error, folder)
+                raise _explained(error, folder) from error
         self._pending = self._thread.submit(self._commit, step, data, metrics, contents)
 
     def restore(self, abstract: PyTree[jax.ShapeDtypeStruct]) -> tuple[int, PyTree[Array]] | None:
@@ -177,15 +177,18 @@ class Checkpoints:
 
     def _commit(self, step: int, data: str, metrics: dict[str, float], contents: dict[str, str]) -> None:
         """In the thread: waits for Orbax, then hashes, commits and tidies up, in the first process."""
-        folder = self._path(step)
+        folder, is_written = self._path(step), False
         try:
             self._orbax.wait_until_finished()
+            is_written = True
             if hosts.is_first():
                 files = manifest_lib.hash_files(folder / data)
                 manifest_lib.write(folder, Manifest(step, data, metrics, contents, files))
                 self._remove_old(step)
         except Exception as error:
-            _raise_explained(error, folder)
+            explained = _explained(error, folder)
+            # Until all have written their parts, each waits for the others inside of Orbax.
+            raise explained if is_written else hosts.of_one(explained) from error
 
     def _remove_old(self, newest: int) -> None:
         """Removes what need not be kept now that `newest` is committed, and what `restore` found damaged."""
@@ -212,7 +215,7 @@ class Checkpoints:
         try:
             self._remove_leftovers()
         except OSError as error:
-            _raise_explained(error, folder)
+            raise _explained(error, folder) from error
         committed = _read(folder)
         return int(committed is not None and committed.data == DATA[0])
 
@@ -278,16 +281,16 @@ def _read(folder: epath.Path) -> Manifest | None:
         return None
 
 
-def _raise_explained(error: Exception, folder: epath.Path) -> NoReturn:
+def _explained(error: Exception, folder: epath.Path) -> Exception:
     """Errors of the file system as one line for people; tensorstore hides their code in the text of a ValueError."""
     hidden = re.search(r"os_error_code='(\d+)'", str(error))
     code = error.errno if isinstance(error, OSError) else int(hidden[1]) if hidden else None
     if code is None:
-        raise error
-    raise InputError(
+        return error
+    return InputError(
         f"cannot write the checkpoint {folder}: {os.strerror(code)}; make room there or use another --workdir "
         "(the checkpoints before it are whole)"
-    ) from error
+    )
 
 
 def _absolute(folder: epath.Path) -> epath.Path:

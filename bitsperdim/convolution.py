@@ -42,8 +42,14 @@ def convolve(
 ) -> Float[Array, "b _ _ f"]:
     """y[i, j] = sum over a, b of x[s i + a, s j + b] k[a, b], without a bias, as `lax.conv_general_dilated`.
 
-    `precision` is that of an accelerator's products.
+    `precision` is that of an accelerator's products. Where a mesh divides images by rows, its results lie so.
     """
+    return sharding.over_rows(_convolve(sharding.over_rows(x), kernel, strides, padding, precision))
+
+
+def _convolve(
+    x: Array, kernel: Array, strides: tuple[int, int], padding: Padding, precision: jax.lax.PrecisionLike
+) -> Array:
     if sharding.platform() != "cpu":
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT, precision=precision)
     if isinstance(padding, str):

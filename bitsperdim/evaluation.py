@@ -16,14 +16,19 @@ from jaxtyping import Array, Key, PyTree
 from bitsperdim import data, sharding
 from bitsperdim import run as run_lib
 from bitsperdim.likelihood import Means
-from bitsperdim.model import Batch, Model
+from bitsperdim.model import Aux, Batch, Model
 
 COMPARED = ("train", "evaluation")  # the splits whose difference shows how much was learned by heart
 
 
 def compiled(model: Model, mesh: Mesh) -> Callable[[PyTree, PyTree, Batch, Array], Any]:
     """`model.measure` with its results gathered on every host."""
-    return jax.jit(model.measure, out_shardings=sharding.replicated(mesh))
+
+    def measure(params: PyTree, extra: PyTree, batch: Batch, key: Array) -> Aux:
+        with sharding.by_rows(mesh):
+            return model.measure(params, extra, batch, key)
+
+    return jax.jit(measure, out_shardings=sharding.replicated(mesh))
 
 
 def evaluate(

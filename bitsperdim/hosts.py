@@ -14,6 +14,7 @@ import re
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
@@ -40,20 +41,63 @@ _ERRORS: dict[int, type[RunError]] = {kind.exit_code: kind for kind in (InputErr
 def join(how: str) -> None:
     """Makes this process one of several. `InputError` where `how` is none of `FORMS`, or the others do not come.
 
-    Before anything has touched a device.
+    Before anything has touched a device. A process that has not found the others can only end.
     """
+    address = _address(how)
+    if "process_id" in address:
+        _look_for_first(how, address)
     # Its handler would take SIGTERM from ours (`signals.py`), which knows what there is to save.
     jax.config.update("jax_enable_preemption_service", False)
     times: dict[str, Any] = {
-        "initialization_timeout": START_TIMEOUT,
+        "initialization_timeout": START_TIMEOUT + 60,
         "heartbeat_timeout_seconds": HEARTBEAT_TIMEOUT,
         "shutdown_timeout_seconds": HEARTBEAT_TIMEOUT,
     }
+    failed = lambda reason: of_one(InputError(f"--multihost={how}: the processes have not found each other ({reason})"))
+    # JAX would abort this process, with an address where it was in C++.
+    late = threading.Timer(START_TIMEOUT, _give_up, [failed(f"not all have started within {START_TIMEOUT} s")])
+    late.daemon = True
+    late.start()
     try:
-        jax.distributed.initialize(**_address(how), **times)
+        jax.distributed.initialize(**address, **times)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--multihost={how}: the processes have not found each other ({reason})") from error
+        raise failed(str(error).strip().splitlines()[0]) from error
+    finally:
+        late.cancel()
+
+
+def _give_up(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    end(error)
+
+
+def _look_for_first(how: str, address: dict[str, Any]) -> None:
+    """Raises `InputError` where the first process, at this address, cannot be there, or is not in time."""
+    host, _, text = address["coordinator_address"].rpartition(":")
+    port, deadline = int(text), time.monotonic() + START_TIMEOUT
+    if address["process_id"] == 0:
+        # Two services on one port would each get a part of the processes.
+        six = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if six else socket.AF_INET
+        try:
+            socket.create_server(("", port), family=family, dualstack_ipv6=six).close()
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise InputError(
+                f"--multihost={how}: port {port} cannot be opened here ({reason}); choose another"
+            ) from error
+        return
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"--multihost={how}: no process 0 at {host}:{port} within {START_TIMEOUT} s ({error}); start all "
+                    "processes, with the address of the first one"
+                ) from error
+        time.sleep(0.2)
 
 
 def _address(how: str) -> dict[str, Any]:
@@ -97,12 +141,13 @@ class _Message(NamedTuple):
 def together() -> Iterator[None]:
     """What one process cannot do ends it in all of them, with the same error. Collective.
 
-    A signal that stops one process in here stops all of them.
+    A signal that stops one process in here stops all of them. An error `of_one` ends its process alone, which the
+    others then lose.
     """
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if not is_of_all(error):
+        if not is_of_all(error) and not is_of_one(error):
             _tell(error)
         raise
     if are_several():
@@ -218,7 +263,17 @@ def local(tree: PyTree) -> PyTree:
 
 def is_of_all(error: BaseException) -> bool:
     """Do all processes of the run have this error, so that what is `Collective` can still be called?"""
-    return not are_several() or getattr(error, "is_of_all", False)
+    return not is_of_one(error) and (not are_several() or getattr(error, "is_of_all", False))
+
+
+def of_one(error: Exception) -> Exception:
+    """The error, marked as one that the others cannot be told of: they wait where nothing reaches them."""
+    error.is_of_one = True  # pyright: ignore[reportAttributeAccessIssue]
+    return error
+
+
+def is_of_one(error: BaseException) -> bool:
+    return getattr(error, "is_of_one", False)
 
 
 def code_of(error: BaseException) -> int:
@@ -230,12 +285,13 @@ def code_of(error: BaseException) -> int:
 
 def explained(error: BaseException) -> BaseException:
     """What an error means for one of several processes: of JAX, that a collective operation has lost a partner."""
-    if not are_several():
+    if isinstance(error, RunError) or not are_several():
         return error
     if isinstance(error, KeyboardInterrupt):
         return Interrupted(f"stopped by {error}; start all processes again: the run goes on from its last checkpoint")
     is_of_gloo = isinstance(error, ValueError) and "Gloo" in str(error)  # the collectives of CPUs
-    if not is_of_gloo and not isinstance(error, jax.errors.JaxRuntimeError):
+    is_of_orbax = isinstance(error, TimeoutError) and "barrier" in str(error)  # behind the writing of a checkpoint
+    if not is_of_gloo and not is_of_orbax and not isinstance(error, jax.errors.JaxRuntimeError):
         return error
     return LostError(
         f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because another one has "

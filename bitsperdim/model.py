@@ -84,6 +84,7 @@ class Stage(NamedTuple):
     # (run, step, held-out figures) -> lines that are said behind an evaluation of the training, and by evaluate.py
     remarks: Callable[["Run", int, dict[str, float]], list[str]] = lambda run, step, figures: []
     on_request: bool = False
+    by_rows: bool = False  # can its images be divided by rows, `mesh.spatial`?
 
 
 class Loaded(NamedTuple):

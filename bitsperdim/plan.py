@@ -98,16 +98,19 @@ def plan(values: ConfigDict | Mapping[str, Any], only: str = "") -> Iterator[dic
 
 
 @contextlib.contextmanager
-def planned(values: ConfigDict | Mapping[str, Any]) -> Iterator[tuple[Run, Mesh]]:
-    """A run on stand-ins for its images, over all devices of this process, whose programs are an accelerator's."""
+def planned(values: ConfigDict | Mapping[str, Any], count: int = 0) -> Iterator[tuple[Run, Mesh]]:
+    """A run on stand-ins for its images, over the first `count` devices of this process (0: all), whose programs are an
+    accelerator's."""
     with tempfile.TemporaryDirectory() as folder, sharding.made_for("gpu"):
         run = run_lib.check(folder, _with_stand_ins(values))
-        yield run, sharding.make_mesh(run.config.mesh)
+        yield run, sharding.make_mesh(run.config.mesh, jax.devices()[: count or None])
 
 
 def of_stage(run: Run, stage: Stage, mesh: Mesh, compiles: bool = True) -> dict[str, Any]:
     """The record of one stage; without `compiles` its parameters and bytes of its state alone."""
     assert stage.model and stage.settings and stage.optim
+    if not stage.by_rows:
+        sharding.check_whole_images(mesh, stage.name)
     model, settings = stage.model(run), stage.settings
     section = _path(run.config, settings)
     like, each = trained.abstract_state(run, stage, model, mesh), settings.steps_per_dispatch
@@ -119,6 +122,7 @@ def of_stage(run: Run, stage: Stage, mesh: Mesh, compiles: bool = True) -> dict[
         "steps": settings.steps,
         "section": section,
         "savings": _savings(run.config, section),
+        "by_rows": stage.by_rows,
         "bytes": {name: _bytes_on_a_device(like[entry]) for entry, name in PARTS.items()},
     }
     if not compiles:
@@ -136,6 +140,7 @@ def of_stage(run: Run, stage: Stage, mesh: Mesh, compiles: bool = True) -> dict[
     moved = program.traffic(compiled.as_text())
     return record | {
         "flops": program.flops(traced.jaxpr.jaxpr) // each,
+        "product_bytes": program.product_bytes(traced.jaxpr.jaxpr) // each,
         "traffic": {kind: {name: value // each for name, value in of.items()} for kind, of in moved.items()},
         "program_kb": round(len(lowered.as_text()) / 1e3),
         "compile_seconds": round(time.perf_counter() - start, 1),
@@ -197,7 +202,7 @@ def lines(record: Mapping[str, Any], kind: Chip | None, name: str) -> list[str]:
 def _fit(record: Mapping[str, Any], memory: float) -> list[str]:
     """Whether it fits, and what would make it."""
     held, devices = record["bytes"], record["devices"]
-    count = math.prod(devices.values()) // devices.get("model", 1)  # of those that share a batch
+    count = devices["data"] * devices["fsdp"]
     total, parts = sum(held.values()), record["accumulation"]
     state = total - held["temporary"] - held["batch"]
     if total <= memory:
@@ -213,6 +218,7 @@ def _fit(record: Mapping[str, Any], memory: float) -> list[str]:
     enough = [n for n in needed if state + held["temporary"] * parts / n <= memory]
     keys = [f"--config.{key}" for key in record["savings"]]
     keys += [f"--config.{record['section']}.accumulation={(enough or needed[-1:])[0]}"] if needed else []
+    keys += [f"--config.mesh.spatial={2 * devices.get('spatial', 1)}"] if record["by_rows"] and not needed else []
     if keys and held["temporary"] > memory / 10:
         found.append(f"the step needs {_size(held['temporary'])} beside it: try {' or '.join(keys)}")
     return [*found, "else more devices, or a smaller batch"]

@@ -5,7 +5,7 @@ XLA's own cost analysis counts the body of a loop once, however often it runs; h
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jax.extend import core
@@ -27,6 +27,7 @@ class Collective(NamedTuple):
     bytes: int  # on each device: of its result, or of its operands where they are larger
     times: int  # that a run of the program meets it
     source: str  # where in the traced program it comes from
+    shapes: tuple[tuple[int, ...], ...]  # of the arrays of its result: the compiler joins those of many operations
 
 
 def flops(jaxpr: core.Jaxpr) -> int:
@@ -34,21 +35,38 @@ def flops(jaxpr: core.Jaxpr) -> int:
 
     Of a `cond` the most expensive branch counts; of a `while_loop`, whose rounds nobody knows, one round.
     """
+
+    def of_one(name: str, params: Mapping[str, Any], shapes: list[Any]) -> int:
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            return 2 * math.prod(shapes[0].shape[axis] for axis in contracted) * shapes[-1].size
+        outputs = shapes[1].shape[params["dimension_numbers"].rhs_spec[0]]
+        # Zeros between the inputs, which a gradient of strides has, are no work for a good library.
+        skipped = math.prod(params["lhs_dilation"])
+        return 2 * (shapes[1].size // outputs) * shapes[-1].size // skipped
+
+    return _over_products(jaxpr, of_one)
+
+
+def product_bytes(jaxpr: core.Jaxpr) -> int:
+    """That all matrix products and convolutions read and write, over all devices; counted as `flops` are.
+
+    What a step moves between chip and memory where everything else is fused into them: the least that it can be.
+    """
+    size = lambda shape: shape.size * shape.dtype.itemsize
+    return _over_products(jaxpr, lambda name, params, shapes: sum(map(size, shapes)))
+
+
+def _over_products(jaxpr: core.Jaxpr, of_one: Callable[[str, Mapping[str, Any], list[Any]], int]) -> int:
+    """The sum of `of_one` (name, parameters, shapes of the inputs and of the output) of each product."""
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        shapes: list[Any] = [value.aval for value in (*equation.invars, *equation.outvars)]
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            total += 2 * math.prod(shapes[0].shape[axis] for axis in contracted) * shapes[-1].size
-        elif name == "conv_general_dilated":
-            outputs = shapes[1].shape[params["dimension_numbers"].rhs_spec[0]]
-            # Zeros between the inputs, which a gradient of strides has, are no work for a good library.
-            skipped = math.prod(params["lhs_dilation"])
-            total += 2 * (shapes[1].size // outputs) * shapes[-1].size // skipped
-        else:
-            inner = [flops(inside) for inside in core.jaxprs_in_params(params)]
-            total += params.get("length", 1) * (max(inner, default=0) if name == "cond" else sum(inner))
+        if name in ("dot_general", "conv_general_dilated"):
+            total += of_one(name, params, [value.aval for value in (*equation.invars, *equation.outvars)])
+            continue
+        inner = [_over_products(inside, of_one) for inside in core.jaxprs_in_params(params)]
+        total += params.get("length", 1) * (max(inner, default=0) if name == "cond" else sum(inner))
     return total
 
 
@@ -58,17 +76,18 @@ def collectives(hlo: str) -> list[Collective]:
     found: list[Collective] = []
 
     def walk(name: str, times: int) -> None:
-        shapes: dict[str, int] = {}
+        held: dict[str, int] = {}
         for line in computations[name]:
             if (instruction := INSTRUCTION.match(line)) is None:
                 continue
-            shapes[instruction["name"]] = result = _num_bytes(instruction["type"])
+            held[instruction["name"]] = result = _num_bytes(instruction["type"])
             kind = instruction["op"].removesuffix("-start")
             if kind in KINDS:
                 operands = re.findall(r"%([\w.\-]+)", instruction["rest"].split(")")[0])
-                size = max(result, sum(shapes.get(operand, 0) for operand in operands))
+                size = max(result, sum(held.get(operand, 0) for operand in operands))
                 source = re.search(r'op_name="([^"]*)"', line)
-                found.append(Collective(kind, size, times, source[1] if source else ""))
+                shapes = tuple(_shape(sizes) for _, sizes in ARRAY.findall(instruction["type"]))
+                found.append(Collective(kind, size, times, source[1] if source else "", shapes))
             trips = TRIPS.search(line) if instruction["op"] == "while" else None
             for called in _called(line):
                 walk(called, times * int(trips[1]) if trips else times)
@@ -80,10 +99,10 @@ def collectives(hlo: str) -> list[Collective]:
 def traffic(hlo: str) -> Mapping[str, dict[str, int]]:
     """{kind: {'bytes': on each device in a run of the program, 'count': how often}}, the heaviest kind first."""
     total: dict[str, dict[str, int]] = {}
-    for kind, size, times, _ in collectives(hlo):
-        of_kind = total.setdefault(kind, {"bytes": 0, "count": 0})
-        of_kind["bytes"] += size * times
-        of_kind["count"] += times
+    for one in collectives(hlo):
+        of_kind = total.setdefault(one.kind, {"bytes": 0, "count": 0})
+        of_kind["bytes"] += one.bytes * one.times
+        of_kind["count"] += one.times
     return dict(sorted(total.items(), key=lambda item: -item[1]["bytes"]))
 
 
@@ -112,5 +131,10 @@ def _num_bytes(text: str) -> int:
     for name, sizes in ARRAY.findall(text):
         digits = re.search(r"\d+", name)  # f32, bf16, s8, f8e4m3
         bits = BITS[name] if name in BITS else int(digits[0]) if digits else 0
-        total += bits * math.prod(int(size) for size in sizes.split(",") if size) // 8
+        total += bits * math.prod(_shape(sizes)) // 8
     return total
+
+
+def _shape(sizes: str) -> tuple[int, ...]:
+    """Of '8,128', or of '' for a scalar."""
+    return tuple(int(size) for size in sizes.split(",") if size)

@@ -9,18 +9,21 @@ import contextvars
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from bitsperdim.errors import InputError
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 _PLANNED: contextvars.ContextVar[str] = contextvars.ContextVar("planned", default="")
+_BY_ROWS: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("by_rows", default=None)
+BATCH = ("data", "fsdp")  # the axes over which a batch lies
+FURTHER = ("model", "spatial")  # those that a mesh has where they are above 1
 
 
 def platform() -> str:
@@ -48,11 +51,16 @@ class MeshConfig:
     The batch lies over `data` and `fsdp`. What `rules` shard is gathered before it is used; what `model_rules` shard
     over `model` is used as it lies, each device computing its part of a layer's outputs, which are then sent around:
     for models, or batches, that the other two cannot spread far enough.
+
+    `spatial` divides images, and whatever convolutions make of them, by their rows: for images so large that one alone
+    needs more than a device has. Neighbours exchange the rows at their borders. Not for models that see pixels or codes
+    one after another.
     """
 
     data: int = -1
     fsdp: int = 1
     model: int = 1
+    spatial: int = 1
     rules: Rules = (("(kernel|table)$", ("fsdp",)),)
     model_rules: Rules = (("kernel$", ("model",)),)
 
@@ -63,8 +71,9 @@ class MeshConfig:
                 raise ValueError(f"{name} must be a number of devices or -1 (all that remain), not {size}")
         if self.data == self.fsdp == -1:
             raise ValueError("data and fsdp must not both be -1")
-        if self.model < 1:
-            raise ValueError(f"model must be a number of devices, not {self.model}")
+        for name in FURTHER:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a number of devices, not {getattr(self, name)}")
         _check_rules("rules", self.rules, ("data", "fsdp", ""))
         _check_rules("model_rules", self.model_rules, ("model", ""))
 
@@ -80,23 +89,25 @@ def _check_rules(name: str, rules: Rules, known: tuple[str, ...]) -> None:
             raise ValueError(f"{name} must name the axes {axes}, not {sorted(unknown)} for {pattern!r}")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh (data, fsdp) over all devices, with a third axis where `model` is above 1.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh (data, fsdp) over `devices` (None: all), with the axes `model` and `spatial` where they are above 1.
 
     `InputError` when the sizes do not fit the number of devices.
     """
-    count = jax.device_count()
-    fixed = max(config.data, 1) * max(config.fsdp, 1) * config.model
-    sizes = tuple(count // fixed if size == -1 else size for size in (config.data, config.fsdp, config.model))
-    if math.prod(sizes) != count:
-        third = f" x mesh.model={config.model}" if config.model > 1 else ""
+    count = jax.device_count() if devices is None else len(devices)
+    further = {name: size for name in FURTHER if (size := getattr(config, name)) > 1}
+    fixed = max(config.data, 1) * max(config.fsdp, 1) * math.prod(further.values())
+    sizes = {name: count // fixed if size == -1 else size for name, size in vars(config).items() if name in BATCH}
+    sizes |= further
+    if math.prod(sizes.values()) != count:
+        asked = " x ".join(f"mesh.{name}={getattr(config, name)}" for name in sizes)
         raise InputError(
-            f"mesh.data={config.data} x mesh.fsdp={config.fsdp}{third} does not use the {count} devices present; "
+            f"{asked} does not use the {count} devices present; "
             f"set --config.mesh.data=-1 or sizes whose product is {count}"
         )
-    names = ("data", "fsdp", "model")[: 3 if config.model > 1 else 2]
     # Explicit axes, the default of make_mesh, fail in gathers and space-to-depth reshapes.
-    return jax.make_mesh(sizes[: len(names)], names, axis_types=(AxisType.Auto,) * len(names))
+    kinds = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
 
 
 def mesh_at_hand(config: MeshConfig) -> Mesh:
@@ -112,12 +123,45 @@ def mesh_at_hand(config: MeshConfig) -> Mesh:
 
 def over_batch(mesh: Mesh) -> NamedSharding:
     """Examples over the devices: the leading axis over data x fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+@contextlib.contextmanager
+def by_rows(mesh: Mesh) -> Iterator[None]:
+    """What is traced in here divides activations by rows over the axis `spatial`, where `mesh` has it."""
+    token = _BY_ROWS.set(mesh if "spatial" in mesh.shape else None)
+    try:
+        yield
+    finally:
+        _BY_ROWS.reset(token)
+
+
+def check_whole_images(mesh: Mesh, stage: str) -> None:
+    """Raises `InputError` where `mesh` divides images by rows, which the model of this stage cannot."""
+    if "spatial" in mesh.shape:
+        raise InputError(
+            f"mesh.spatial={mesh.shape['spatial']} divides images by rows, which the model of stage '{stage}' cannot; "
+            "set it to 1 (--stage=NAME trains another stage with a mesh of its own)"
+        )
+
+
+def divides_rows() -> bool:
+    """Are rows divided, inside `by_rows`?"""
+    return _BY_ROWS.get() is not None
+
+
+def over_rows(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """The same, inside `by_rows` told where to live: rows over `spatial`, whole where it does not divide them."""
+    mesh = _BY_ROWS.get()
+    if mesh is None:
+        return x
+    rows, free = "spatial" if x.shape[1] % mesh.shape["spatial"] == 0 else None, PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(free, rows, free, free)))
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Among how many devices, or groups of them that share a model, a batch is divided."""
-    return mesh.size // mesh.shape.get("model", 1)
+    """Among how many devices, or groups of them that share their examples, a batch is divided."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def whole_batch(batch_size: int, mesh: Mesh) -> int:

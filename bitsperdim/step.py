@@ -122,7 +122,8 @@ def compiled(
         return {"step": state["step"] + 1, **new, "skips": skips}, Report(parts, aux.tallies, figures)
 
     def steps(state: PyTree, *batches: Batch) -> tuple[PyTree, Report]:
-        return jax.lax.scan(step, state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
+        with sharding.by_rows(mesh):
+            return jax.lax.scan(step, state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
 
     return jax.jit(steps, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
 

@@ -4,6 +4,9 @@ The same functions and parameters as `nn.Conv` and `nn.ConvTranspose` with strid
 (4, 4), or (2, 2) for `BlockConvTranspose`. Moving the four pixels of a block into channels leaves convolutions without
 strides or dilation, forward and backward. Of dilated ones XLA multiplies the zeros, on CPUs, which made a training step
 at 256 px three times as long.
+
+A mesh that divides images by rows (`mesh.spatial`) has no place for blocks that lie between its parts, of which there
+is one more than it can divide. There the same convolutions are computed without them.
 """
 
 import flax.linen as nn
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
+from bitsperdim import sharding
 from bitsperdim.convolution import convolve
 
 
@@ -24,6 +28,8 @@ class HalvingConv(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 f"]:
         kernel, bias = _parameters(self, x.shape[-1])
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        if sharding.divides_rows():
+            return convolve(x, kernel, (2, 2), ((1, 1), (1, 1))) + bias
         # K[2 a + p] meets pixel p of the block a blocks further.
         blocks = kernel.reshape(2, 2, 2, 2, -1, self.features).transpose(0, 2, 1, 3, 4, 5)
         x = space_to_depth(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
@@ -40,6 +46,10 @@ class DoublingConv(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w f"]:
         kernel, bias = _parameters(self, x.shape[-1])
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        if sharding.divides_rows():
+            both = [(p, q) for p in (0, 1) for q in (0, 1)]
+            of_phase = lambda p, q: convolve(x, kernel[p::2, q::2], padding=((1 - p, p), (1 - q, q)))
+            return depth_to_space(jnp.concatenate([of_phase(p, q) for p, q in both], -1)) + bias
         # Blocks between pixels, not on them: block i holds out[2 i - 1] of K[1], K[3] and out[2 i] of K[0], K[2].
         phases = kernel.reshape(2, 2, 2, 2, -1, self.features)[:, ::-1, :, ::-1].transpose(0, 2, 4, 1, 3, 5)
         phases = phases.reshape(2, 2, -1, 4 * self.features)

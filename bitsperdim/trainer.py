@@ -54,6 +54,8 @@ def train(
             for stage in chosen:
                 _check_schedule(stage)
                 _check_batch_size(stage, mesh)
+                if stage.model is not None and not stage.by_rows:
+                    sharding.check_whole_images(mesh, stage.name)
             for stage in chosen:
                 # What cannot be built should not be found out when its turn comes, hours later. May fetch the data.
                 if stage.model is not None:

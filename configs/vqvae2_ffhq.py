@@ -5,7 +5,8 @@
 Meant for: 8 accelerators of 16 GB (parameters sharded over all of them, bfloat16, micro-batches). By the compiled
 programs each needs 8.5, 9.0 and 7.1 GiB for the priors from the top down, computing in float32
 (`python -m benchmarks sizes`); with more memory or devices lower `train.accumulation`. The paper had 8 TPU cores for
-the autoencoder and 128 for the priors. The 70,000 PNG files of FFHQ lie below `data.path`.
+the autoencoder and 128 for the priors. With --stage=autoencoder, --config.mesh.data=1 --config.mesh.fsdp=1
+--config.mesh.spatial=8 divides each image by rows. The 70,000 PNG files of FFHQ lie below `data.path`.
 Reach: the paper gives no figures for this data set.
 What the paper leaves open: Table 2 lost a cell, so the middle prior's 8 attention heads are a guess, and its 57,400
 steps are odd beside the others.

@@ -37,6 +37,7 @@ def stage(config: Config) -> Stage:
         optim=config.optim,
         settings=config.train,
         remarks=lambda run, step, figures: remarks(config.objective, step, figures),
+        by_rows=True,
     )
 
 

@@ -35,6 +35,7 @@ def stage(config: Config) -> Stage:
         facts=lambda run: vars(facts_lib.of_run(run)),
         optim=config.autoencoder.optim,
         settings=config.autoencoder.train,
+        by_rows=True,
     )
 
 

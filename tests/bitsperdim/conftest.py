@@ -1,5 +1,6 @@
 """The toy family, its config, and the state that a run has saved."""
 
+import math
 import pathlib
 import sys
 
@@ -29,12 +30,13 @@ def toy_config():
 
 @pytest.fixture(scope="session")
 def sub_mesh():
-    """`sub_mesh(data, fsdp, model)` -> a mesh over so many of the first devices; of two axes where model is 1."""
+    """`sub_mesh(data, fsdp, model, spatial)` -> a mesh over so many of the first devices."""
 
-    def make(data, fsdp=1, model=1):
-        sizes = (data, fsdp, model)[: 3 if model > 1 else 2]
-        names, devices = ("data", "fsdp", "model")[: len(sizes)], jax.devices()[: data * fsdp * model]
-        return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    def make(data, fsdp=1, model=1, spatial=1):
+        sizes = {"data": data, "fsdp": fsdp} | ({"model": model} if model > 1 else {})
+        sizes |= {"spatial": spatial} if spatial > 1 else {}
+        kinds, count = (AxisType.Auto,) * len(sizes), math.prod(sizes.values())
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=jax.devices()[:count])
 
     return make
 

@@ -3,6 +3,8 @@
 import json
 import re
 import signal
+import socket
+import subprocess
 import sys
 import time
 
@@ -152,6 +154,31 @@ def test_what_was_asked_for_explicitly_is_not_looked_for_in_the_environment():
     }
 
 
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=rf"port {port} cannot be opened here \(Address already in use\)"):
+            hosts.join(f"localhost:{port},2,0")
+
+
+def free_port():
+    with socket.create_server(("", 0)) as free:
+        return free.getsockname()[1]
+
+
+def test_a_first_process_that_is_not_there_is_missed_in_time(monkeypatch):
+    monkeypatch.setattr(hosts, "START_TIMEOUT", 0.1)
+    with pytest.raises(InputError, match=r"no process 0 at localhost:\d+ within 0.1 s .*; start all processes"):
+        hosts.join(f"localhost:{free_port()},2,1")
+
+
+def test_a_first_process_to_which_nobody_comes_ends_with_a_message():
+    program = f"from bitsperdim import hosts; hosts.START_TIMEOUT = 2; hosts.join('localhost:{free_port()},2,0')"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "the processes have not found each other (not all have started within 2 s)" in ended.stderr
+
+
 def test_a_plan_needs_no_other_process(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", f"--config={TOY / 'toy.py'}", "--plan=8", "--multihost=tpu"])
     with pytest.raises(SystemExit) as end:
@@ -247,6 +274,25 @@ FULL_DISK = """
 
     manifest.write = write_until_full
 """
+# Each writes its own part in the background, where all wait for each other.
+BROKEN_WRITE = """
+    import errno, os
+    import jax
+    from orbax.checkpoint import type_handlers
+
+    serialize = type_handlers.ArrayHandler.serialize
+
+    class Broken:
+        def result(self, timeout=None):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def serialize_until_broken(self, values, infos, args=None):
+        futures = await serialize(self, values, infos, args)
+        is_broken = jax.process_index() == 1 and "00000008" in str(infos[0].parent_dir)
+        return [*futures, Broken()] if is_broken else futures
+
+    type_handlers.ArrayHandler.serialize = serialize_until_broken
+"""
 # An image that one process alone reads; not in an exchange, so the others cannot be told.
 BAD_IMAGE = """
     import jax
@@ -272,6 +318,12 @@ def test_what_ends_one_process_ends_the_other_with_a_message(tmp_path):
         last = full.said(index).splitlines()[-1]
         assert last.startswith(f"error: {whose}cannot write the checkpoint ") and "No space left on device" in last
     assert wait_for_checkpoint(tmp_path / "full", 1) == 4
+
+    broken = Processes(tmp_path / "broken", before=BROKEN_WRITE)
+    assert broken.codes(120) == [5, 2], broken.said(0) + broken.said(1)
+    assert "Input/output error" in broken.said(1).splitlines()[-1]
+    assert "another one has ended, whose message says why" in broken.said(0)
+    assert wait_for_checkpoint(tmp_path / "broken", 1) == 4
 
     bad = Processes(tmp_path / "bad", before=BAD_IMAGE)
     assert bad.codes(60) == [5, 2], bad.said(0) + bad.said(1)
@@ -320,3 +372,20 @@ def test_all_stages_of_two_processes_have_the_bits_of_one_though_the_codes_were_
     assert read("two") == read("one")
     pictures = [sorted(path.name for path in (tmp_path / name).glob("*/images/*")) for name in ("one", "two")]
     assert pictures[0] == pictures[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flows_digits", "vdvae_digits", "arm_digits"])
+def test_the_other_families_have_the_same_bits_in_one_process_and_in_two(tmp_path, name, saved_state, assert_same_bits):
+    for count in (1, 2):
+        config = {"config": f"{name}:tiny", "devices": 2 // count}
+        processes = Processes(tmp_path / str(count), count, after=EVALUATE, **config)
+        assert processes.codes(300) == [0] * count, processes.said(count - 1)
+    one, two = tmp_path / "1", tmp_path / "2"
+    assert json.loads((two / "evaluation.json").read_text()) == json.loads((one / "evaluation.json").read_text())
+    for stage in run_lib.open_run(one).stages():
+        if stage.settings is not None and not stage.on_request:
+            assert_same_bits(saved_state(two, name=stage.name), saved_state(one, name=stage.name))
+            assert lines(two, stage.name) == lines(one, stage.name)
+    drawn = [sorted(path.name for path in folder.glob("*/images/*")) for folder in (one, two)]
+    assert drawn[0] == drawn[1]

@@ -1,4 +1,4 @@
-"""Eight devices, three ways to use them: every stage of every family learns the same, whatever the mesh."""
+"""Eight devices, four ways to use them: every stage of every family learns the same, whatever the mesh."""
 
 import dataclasses
 
@@ -11,7 +11,12 @@ from bitsperdim import config_files, data, sharding, trainer
 from bitsperdim import step as step_lib
 from bitsperdim.sharding import MeshConfig
 
-MESHES = {"replicated": MeshConfig(), "fsdp": MeshConfig(data=1, fsdp=8), "model": MeshConfig(fsdp=2, model=2)}
+MESHES = {
+    "replicated": MeshConfig(),
+    "fsdp": MeshConfig(data=1, fsdp=8),
+    "model": MeshConfig(fsdp=2, model=2),
+    "spatial": MeshConfig(spatial=4),
+}
 
 
 def two_steps(run, stage, config):
@@ -60,10 +65,10 @@ def test_every_stage_learns_the_same_on_every_mesh(name, tmp_path):
         expected, before, after, _ = two_steps(run, stage, MESHES["replicated"])
         learned = mean_gap(after, before)
         assert learned > 0
-        for kind in ("fsdp", "model"):
+        for kind in ("fsdp", "model", *["spatial"] * stage.by_rows):
             figures, _, params, num_sharded = two_steps(run, stage, MESHES[kind])
             gap = mean_gap(params, after)
             print(f"{name} {stage.name} {kind}: {figures} for {expected}; weights learned {learned:.1e}, gap {gap:.1e}")
-            assert num_sharded > 0
+            assert (num_sharded > 0) == (kind != "spatial")
             np.testing.assert_allclose(figures, expected, rtol=1e-3, err_msg=f"{stage.name} {kind}")
             assert gap < learned / 100

@@ -28,6 +28,12 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert count(jax.grad(lambda weights, x: layers(weights, x).sum()), *shapes) == 3 * ROUNDS * once
 
 
+def test_products_read_their_operands_and_write_their_result():
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((ROUNDS, WIDTH, WIDTH), (ROWS, WIDTH))]
+    once = 2 * (WIDTH * WIDTH + 2 * ROWS * WIDTH)
+    assert program.product_bytes(jax.make_jaxpr(layers)(*arguments).jaxpr) == ROUNDS * once
+
+
 def test_activations_that_are_computed_again_count_again():
     again = jax.checkpoint(lambda x, weight: jnp.tanh(x @ weight) @ weight)
     loss = lambda x, weight: again(x, weight).sum()
@@ -74,6 +80,7 @@ def test_traffic_of_sharded_weights_in_a_loop():
     total = program.traffic(compiled.as_text())
     assert total["all-gather"] == {"bytes": 2 * ROUNDS * kernel, "count": 2 * ROUNDS}
     assert set(total) == {one.kind for one in found}
+    assert (WIDTH, WIDTH) in {shape for one in gathered for shape in one.shapes}
 
 
 def test_no_traffic_on_one_device():

@@ -182,6 +182,7 @@ def test_the_first_rule_that_matches_decides_and_names_the_last_dimensions(sub_m
         (MeshConfig(data=2, fsdp=4), (2, 4)),
         (MeshConfig(data=-1, fsdp=2), (4, 2)),
         (MeshConfig(data=-1, fsdp=2, model=2), (2, 2, 2)),
+        (MeshConfig(data=-1, spatial=4), (2, 1, 4)),
     ],
 )
 def test_the_mesh_uses_every_device(config, shape):
@@ -204,6 +205,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_their_number(confi
         ({"rules": (("kernel", ("model",)),)}, r"rules must name the axes 'data', 'fsdp' or '', not \['model'\]"),
         ({"model_rules": (("kernel", ("fsdp",)),)}, r"model_rules must name the axes 'model' or '', not \['fsdp'\]"),
         ({"model": 0}, "model must be a number of devices, not 0"),
+        ({"spatial": -1}, "spatial must be a number of devices, not -1"),
     ],
 )
 def test_mesh_settings_out_of_range_are_named(values, message):

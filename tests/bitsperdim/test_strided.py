@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bitsperdim import sharding
 from bitsperdim.strided import BlockConvTranspose, DoublingConv, HalvingConv
 
 
+@pytest.mark.parametrize("num_spatial", [1, 2])
 @pytest.mark.parametrize(
     "ours, theirs",
     [
@@ -18,7 +20,7 @@ from bitsperdim.strided import BlockConvTranspose, DoublingConv, HalvingConv
     ],
     ids=["halving", "doubling", "blocks"],
 )
-def test_equals_the_convolution_of_flax(ours, theirs, assert_same_bits):
+def test_equals_the_convolution_of_flax(ours, theirs, num_spatial, assert_same_bits, sub_mesh):
     x = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
     params = theirs.init(jax.random.key(1), x)
     assert_same_bits(ours.init(jax.random.key(1), x), params)
@@ -28,7 +30,9 @@ def test_equals_the_convolution_of_flax(ours, theirs, assert_same_bits):
         weights = jnp.cos(jnp.arange(net.apply(params, x).size))
         return jax.value_and_grad(lambda params, x: (net.apply(params, x).ravel() * weights).sum(), (0, 1))(params, x)
 
-    np.testing.assert_allclose(ours.apply(params, x), theirs.apply(params, x), rtol=1e-5, atol=1e-5)
-    for got, expected in zip(*(jax.tree.leaves(value(net)) for net in (ours, theirs)), strict=True):
+    with sharding.by_rows(sub_mesh(2, spatial=num_spatial)):  # where it is 2, without blocks between pixels
+        result, gradients = ours.apply(params, x), value(ours)
+    np.testing.assert_allclose(result, theirs.apply(params, x), rtol=1e-5, atol=1e-5)
+    for got, expected in zip(*map(jax.tree.leaves, (gradients, value(theirs))), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     assert ours.clone(dtype=jnp.bfloat16).apply(params, x).dtype == jnp.bfloat16
