@@ -132,7 +132,7 @@ def of_stage(run: Run, stage: Stage, mesh: Mesh, compiles: bool = True) -> dict[
     traced = step_lib.compiled(model, stage.optim, settings, 0, mesh, like).trace(like, *[batch] * each)  # pyright: ignore
     # The memory is assigned before the machine code is made, so that need not be fast.
     lowered = traced.lower()
-    compiled = lowered.compile({"xla_backend_optimization_level": "0"})
+    compiled = lowered.compile({"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False})
     record["bytes"] |= {
         "batch": each * _bytes_on_a_device(batch),
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
