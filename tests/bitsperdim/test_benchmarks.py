@@ -1,5 +1,6 @@
 """The runner of the benchmarks, their lines side by side, and RESULTS.md: that it says what the runs say."""
 
+import argparse
 import json
 import pathlib
 import re
@@ -66,6 +67,22 @@ def test_two_files_of_lines_stand_side_by_side_with_ratios(runner, record, capsy
     assert "none.jsonl has no line of a benchmark" in capsys.readouterr().err
 
 
+def test_what_is_varied_is_a_case_for_each_combination(benchmark):
+    untrained, parser = benchmark("untrained"), argparse.ArgumentParser()
+    untrained.add_flags(parser, "arm_digits:tiny")
+    flags = "--set arm.train.batch_size=4 --vary arm.model.filters 4 8 --vary arm.model.dtype float32 bfloat16"
+    found = list(untrained.cases(parser.parse_args(flags.split())))
+    assert [(config.arm.model.filters, config.arm.model.dtype) for _, config in found] == [
+        *((4, "float32"), (4, "bfloat16"), (8, "float32"), (8, "bfloat16"))
+    ]
+    about = {"config": "arm_digits:tiny", "arm.train.batch_size": "4"}
+    assert found[0][0] == about | {"arm.model.filters": "4", "arm.model.dtype": "float32"}
+    assert all(config.arm.train.batch_size == 4 for _, config in found)
+    with pytest.raises(InputError, match="has no section 'modle'"):
+        list(untrained.cases(parser.parse_args(["--set", "arm.modle.filters=4"])))
+
+
+@pytest.mark.slow
 def test_a_step_of_a_config_is_measured_in_all_cases_that_are_asked_for(benchmark, monkeypatch, capsys):
     flags = "--config=arm_digits:tiny --stage=arm --batch=8 --vary arm.model.filters 4 8 --what forward --repeats=1"
     monkeypatch.setattr("sys.argv", ["train_step", *flags.split()])
