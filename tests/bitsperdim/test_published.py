@@ -117,7 +117,7 @@ def test_a_file_that_is_cut_off_is_named(copy, cut):
 
 
 def test_scalars_and_arrays_without_elements_keep_their_shapes(tmp_path):
-    arrays = {"codes/extra/updates": np.int32(7).reshape(()), "codes/extra/none": np.zeros((0, 3), np.float32)}
+    arrays = {"codes/extra/updates": np.array(7, np.int32), "codes/extra/none": np.zeros((0, 3), np.float32)}
     published.write(run_lib.place(tmp_path), published.Weights({"codes": 1}, arrays))
     found = published.read(run_lib.place(tmp_path)).arrays
     assert {name: (a.shape, a.dtype) for name, a in found.items()} == {n: (a.shape, a.dtype) for n, a in arrays.items()}
