@@ -82,15 +82,34 @@ def test_what_is_varied_is_a_case_for_each_combination(benchmark):
         list(untrained.cases(parser.parse_args(["--set", "arm.modle.filters=4"])))
 
 
-@pytest.mark.slow
-def test_a_step_of_a_config_is_measured_in_all_cases_that_are_asked_for(benchmark, monkeypatch, capsys):
-    flags = "--config=arm_digits:tiny --stage=arm --batch=8 --vary arm.model.filters 4 8 --what forward --repeats=1"
-    monkeypatch.setattr("sys.argv", ["train_step", *flags.split()])
-    benchmark("train_step").main()
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [line["of"]["arm.model.filters"] for line in lines] == ["4", "8"]
-    assert lines[0]["figures"]["parameters"] < lines[1]["figures"]["parameters"]
+@pytest.fixture
+def measured(benchmark, monkeypatch, capsys):
+    """`measured("samplers", flags)` -> the lines that the benchmark prints for the toy family."""
+
+    def run(name, flags):
+        monkeypatch.setattr("sys.argv", [name, f"--config={ROOT / 'tests' / 'toy' / 'toy.py'}", *flags.split()])
+        benchmark(name).main()
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+
+    return run
+
+
+def test_steps_are_measured_in_all_cases_that_are_asked_for(measured):
+    lines = measured("train_step", "--batch=8 --vary model.hidden 4 8 --repeats=1")
+    assert [(line["of"]["model.hidden"], line["case"]) for line in lines] == [
+        *(("4", "step"), ("4", "forward"), ("8", "step"), ("8", "forward"))
+    ]
+    # Encoder, decoder and its bias, of 64 pixels.
+    assert [line["figures"]["parameters"] for line in lines[::2]] == [4 * 128 + 64, 8 * 128 + 64]
     assert all(line["of"]["batch"] == 8 and line["figures"]["seconds"] > 0 for line in lines)
+
+
+def test_programs_are_compiled_and_images_drawn_with_weights_before_training(measured):
+    (line,) = measured("compile_time", "--batch=8")
+    assert line["figures"]["compile_seconds"] > 0 and line["of"]["stage"] == "model"
+    lines = measured("samplers", "--batches 2 4 --repeats=1")
+    assert [line["of"]["batch"] for line in lines] == [2, 4]
+    assert all(line["figures"]["seconds_per_image"] > 0 for line in lines)
 
 
 def test_a_table_for_readers_is_markdown_with_grouped_thousands(record):
