@@ -48,7 +48,8 @@ RAZAVI = "Razavi et al. 2019, on a TPU pod"
 REFERENCES = (
     Reference(
         *("arm_binary_mnist.*", "arm_binary_mnist", "nats", 81.3, "nats", "PixelCNN, van den Oord et al. 2016"),
-        "Wiggers & Hoogeboom 2020, whose settings these are, give no likelihood.",
+        "The published network is another one, the first PixelCNN; the settings compared here are those of Wiggers & "
+        "Hoogeboom 2020, who give no likelihood.",
     ),
     Reference("arm_cifar10:dmol.*", "arm_cifar10:dmol", "bits_per_dim", 2.92, "bits/dim", "Salimans et al. 2017"),
     Reference("flows_cifar10:.*glow.*", "flows_cifar10:glow", "bits_per_dim", 3.35, "bits/dim", f"Glow in {MACOW}"),
@@ -150,7 +151,7 @@ def rows(run: Run, measured: Mapping[str, Any]) -> list[Row]:
     found = []
     for pattern, unit, kind in KINDS:
         for figure, value in _numbers(measured, stages):
-            match = re.fullmatch(pattern, figure)
+            match = None if figure.endswith("_standard_error") else re.fullmatch(pattern, figure)
             if match and not any(row.figure == figure for row in found):
                 unit_of = unit or ("nats an image" if figure.startswith("nats") else "bits/dim")
                 kind_of = kind.format(*match.groups()) if kind else ESTIMATES.get(run.family.__name__, "")
@@ -212,7 +213,7 @@ def section(workdir: str, run: Run, measured: Mapping[str, Any]) -> Iterator[str
     yield f"## {run.workdir.name}"
     yield ""
     lines = run_lib.read_json(path) if (path := run.workdir / "environment.json").exists() else {}
-    on = f"{lines['devices']}, {lines['cpus']} CPUs allowed, jax {lines['jax']}" if lines else "unknown hardware"
+    on = f"{lines['devices']} on {lines['cpus']} processor core(s), jax {lines['jax']}" if lines else "unknown hardware"
     images = "; ".join(f"{split}, {count:,} images" for split, count in dict.fromkeys(splits(measured)))
     yield f"Measured on {images}. Trained on {on}{_duration(run)}."
     yield ""
@@ -243,7 +244,7 @@ def _duration(run: Run) -> str:
         if stage.settings and speeds:
             middle = sorted(r["images_per_second"] for r in speeds)[len(speeds) // 2]
             seconds += stage.settings.steps * stage.settings.batch_size / middle
-    return f", steps of {seconds / 60:,.0f} minutes in all" if seconds >= 30 else ""
+    return f", where all steps took {seconds / 60:,.0f} minutes of the clock" if seconds >= 30 else ""
 
 
 def references(name: str, results: Sequence[Row]) -> list[Reference]:

@@ -53,7 +53,8 @@ def measure(record: Record, about: dict, run: Run, arguments: argparse.Namespace
         if sampler and "sampler" not in known:
             raise InputError(f"a run of {run.family.__name__} has one sampler; leave out --samplers")
         for size in arguments.batches:
-            options = {"batch_size": size} | ({"sampler": sampler} if sampler else {})
+            given = {"batch_size": size, "sampler": sampler}
+            options = {name: value for name, value in given.items() if name in known and value}
             draw = lambda options=options, size=size: loaded.draw(jax.random.key(0), size, **options)[0]
             times = untrained.timed(draw, arguments.repeats)
             of = about | {"sampler": sampler or "default", "batch": size}

@@ -113,12 +113,14 @@ def batch_of(run: Run, stage: Stage, mesh: Mesh) -> PyTree:
 @contextlib.contextmanager
 def initial(values: ConfigDict) -> Iterator[Run]:
     """The run as a published one whose weights are the initial ones, so that it samples like a trained run."""
+    # Programs that run once: as in `state.create`.
+    quickly = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
     with opened(values) as (run, _), tempfile.TemporaryDirectory() as made:
         steps, arrays = {}, {}
         for stage in trained_stages(run):
             assert stage.model
             run_lib.write_json(run.folder(stage.name) / "data.json", stage.facts(run) if stage.facts else {})
-            params, extra = jax.jit(stage.model(run).init)(jax.random.key(0))
+            params, extra = jax.jit(stage.model(run).init, compiler_options=quickly)(jax.random.key(0))
             named = leaves.by_path({"ema": params, "extra": extra})
             arrays |= {f"{stage.name}/{path}": np.asarray(leaf) for path, leaf in named.items()}
             steps[stage.name] = 1

@@ -62,7 +62,8 @@ def _weights(run: Run, complete: list[Stage]) -> Weights:
         _, state = trained.restore(run, stage.name, mesh)
         steps[stage.name] = int(state.pop("step"))
         whole = leaves.by_path(jax.device_get(state))
-        arrays |= {f"{stage.name}/{path}": np.ascontiguousarray(leaf) for path, leaf in whole.items()}
+        # Not `ascontiguousarray`, which makes a vector of a scalar.
+        arrays |= {f"{stage.name}/{path}": np.array(leaf, order="C") for path, leaf in whole.items()}
     return Weights(steps, arrays)
 
 

@@ -98,10 +98,12 @@ def plain(axis: Any, title: str) -> None:
 
 
 def mark_decades(axis: Any) -> None:
-    """The ticks of a logarithmic axis (`panel.xaxis` or `.yaxis`): 1, 2 and 5 of each decade, as plain numbers."""
+    """The ticks of a logarithmic axis (`panel.xaxis` or `.yaxis`) as plain numbers: 1, 2 and 5 of each decade, 1 alone
+    where there are more than three."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 1e3 * low else (1.0, 2.0, 5.0)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter("{x:,.10g}")
 

@@ -89,7 +89,7 @@ def check(folder: epath.Path, stage: str, like: PyTree, remedy: str) -> Weights:
         have = ", ".join(weights.steps) or "none"
         raise InputError(f"{folder / PUBLISHED} has no weights of stage '{stage}'; it has those of {have}")
     stored = {name[len(start) :]: leaves.describe(a) for name, a in weights.arrays.items() if name.startswith(start)}
-    leaves.check(stored, _wanted(like), f"{folder / PUBLISHED}, stage '{stage}',", remedy)
+    leaves.check(stored, _wanted(like), f"stage '{stage}' of {folder / PUBLISHED}", remedy)
     return weights
 
 

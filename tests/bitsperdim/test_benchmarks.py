@@ -1,5 +1,6 @@
 """The runner of the benchmarks, their lines side by side, and RESULTS.md: that it says what the runs say."""
 
+import argparse
 import json
 import pathlib
 import re
@@ -66,14 +67,47 @@ def test_two_files_of_lines_stand_side_by_side_with_ratios(runner, record, capsy
     assert "none.jsonl has no line of a benchmark" in capsys.readouterr().err
 
 
-def test_a_step_of_a_config_is_measured_in_all_cases_that_are_asked_for(benchmark, monkeypatch, capsys):
-    flags = "--config=arm_digits:tiny --stage=arm --batch=8 --vary arm.model.filters 4 8 --what forward --repeats=1"
-    monkeypatch.setattr("sys.argv", ["train_step", *flags.split()])
-    benchmark("train_step").main()
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [line["of"]["arm.model.filters"] for line in lines] == ["4", "8"]
-    assert lines[0]["figures"]["parameters"] < lines[1]["figures"]["parameters"]
+def test_what_is_varied_is_a_case_for_each_combination(benchmark):
+    untrained, parser = benchmark("untrained"), argparse.ArgumentParser()
+    untrained.add_flags(parser, "arm_digits:tiny")
+    flags = "--set arm.train.batch_size=4 --vary arm.model.filters 4 8 --vary arm.model.dtype float32 bfloat16"
+    found = list(untrained.cases(parser.parse_args(flags.split())))
+    assert [(config.arm.model.filters, config.arm.model.dtype) for _, config in found] == [
+        *((4, "float32"), (4, "bfloat16"), (8, "float32"), (8, "bfloat16"))
+    ]
+    about = {"config": "arm_digits:tiny", "arm.train.batch_size": "4"}
+    assert found[0][0] == about | {"arm.model.filters": "4", "arm.model.dtype": "float32"}
+    assert all(config.arm.train.batch_size == 4 for _, config in found)
+    with pytest.raises(InputError, match="has no section 'modle'"):
+        list(untrained.cases(parser.parse_args(["--set", "arm.modle.filters=4"])))
+
+
+@pytest.fixture
+def measured(benchmark, monkeypatch, capsys):
+    """`measured("samplers", flags)` -> the lines that the benchmark prints for the toy family."""
+
+    def run(name, flags):
+        monkeypatch.setattr("sys.argv", [name, f"--config={ROOT / 'tests' / 'toy' / 'toy.py'}", *flags.split()])
+        benchmark(name).main()
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+
+    return run
+
+
+def test_a_step_and_a_forward_pass_are_measured_with_the_values_that_were_set(measured):
+    lines = measured("train_step", "--batch=8 --set model.hidden=4 --repeats=1")
+    assert [line["case"] for line in lines] == ["step", "forward"]
+    # Encoder, decoder and its bias, of 64 pixels.
+    assert all(line["figures"]["parameters"] == 4 * 128 + 64 for line in lines)
     assert all(line["of"]["batch"] == 8 and line["figures"]["seconds"] > 0 for line in lines)
+
+
+def test_programs_are_compiled_and_images_drawn_with_weights_before_training(measured):
+    (line,) = measured("compile_time", "--batch=8")
+    assert line["figures"]["compile_seconds"] > 0 and line["of"]["stage"] == "model"
+    lines = measured("samplers", "--batches 2 4 --repeats=1")
+    assert [line["of"]["batch"] for line in lines] == [2, 4]
+    assert all(line["figures"]["seconds_per_image"] > 0 for line in lines)
 
 
 def test_a_table_for_readers_is_markdown_with_grouped_thousands(record):

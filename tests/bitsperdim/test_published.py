@@ -116,6 +116,13 @@ def test_a_file_that_is_cut_off_is_named(copy, cut):
     assert re.match(rf"{path} is damaged, or no safetensors file \(.+\); get the folder anew", refusal(copy))
 
 
+def test_scalars_and_arrays_without_elements_keep_their_shapes(tmp_path):
+    arrays = {"codes/extra/updates": np.array(7, np.int32), "codes/extra/none": np.zeros((0, 3), np.float32)}
+    published.write(run_lib.place(tmp_path), published.Weights({"codes": 1}, arrays))
+    found = published.read(run_lib.place(tmp_path)).arrays
+    assert {name: (a.shape, a.dtype) for name, a in found.items()} == {n: (a.shape, a.dtype) for n, a in arrays.items()}
+
+
 def test_a_flipped_bit_is_noticed(copy):
     path = copy / "model.safetensors"
     content = bytearray(path.read_bytes())
@@ -140,7 +147,7 @@ def test_arrays_that_are_not_those_of_the_config_are_named(copy):
     arrays = published.read(run_lib.place(copy)).arrays
     rewrite(copy, {key: value for key, value in arrays.items() if key != name})
     assert refusal(copy).startswith(
-        f"{path}, stage 'model', has no array 'ema/encoder/kernel', which should be float32"
+        f"stage 'model' of {path} has no array 'ema/encoder/kernel', which should be float32"
     )
     rewrite(copy, arrays | {name: arrays[name].T.copy()})
     assert re.match(r"'ema/encoder/kernel' is float32\[16,64\] in .*, but should be float32\[64,16\]", refusal(copy))

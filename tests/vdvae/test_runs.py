@@ -52,11 +52,11 @@ def measured(run):
 
 
 def test_the_bars_of_the_layers_have_the_colours_of_their_resolutions(run, measured):
-    picture = run_plots.plots(run, measured)["kl_by_layer"]
-    colours = {tuple(colour) for colour in np.unique(picture.reshape(-1, 3), axis=0).tolist()}
+    pixels = run_plots.plots(run, measured)["kl_by_layer"].reshape(-1, 3).astype(int)
     resolutions = {shape[:2] for shape in levels.latent_shapes(vae.make(run.config.model, DIGITS).net.levels)}
-    ends = matplotlib.colormaps["viridis"]([0.0, 0.9], bytes=True)[:, :3].tolist()
-    assert len(resolutions) > 1 and {tuple(end) for end in ends} <= colours
+    assert len(resolutions) > 1
+    for end in matplotlib.colormaps["viridis"]([0.0, 0.9])[:, :3] * 255.0:
+        assert np.abs(pixels - end).max(-1).min() < 2.0
 
 
 def test_a_run_learns_and_reports_a_bound_and_its_parts(run, measured):
