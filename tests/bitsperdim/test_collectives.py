@@ -7,12 +7,9 @@ import sys
 import pytest
 import step_collectives
 
-CHEAP = [("vqvae2_photos", "autoencoder"), ("vdvae_digits", "model"), ("flows_digits", "model"), ("arm_digits", "arm")]
 
-
-@pytest.mark.parametrize("case", CHEAP, ids=[name for name, _ in CHEAP])
-def test_a_step_of_every_family_sends_what_its_table_says(case):
-    print(step_collectives.check(case, 8, 8))
+def test_a_step_of_an_autoencoder_sends_what_its_table_says():
+    print(step_collectives.check(("vqvae2_photos", "autoencoder"), 8, 8))
 
 
 @pytest.mark.slow
