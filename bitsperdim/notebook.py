@@ -32,7 +32,9 @@ POINTS, PICTURES = 20, 4  # of a curve, and times that pictures are drawn, where
 def shortened(values: ConfigDict, steps: int | None) -> ConfigDict:
     """The config with at most so many steps in every stage, and figures and pictures on the way; None: as it is."""
     values = values.copy_and_resolve_references()
-    for section in _sections(values, "train") if steps is not None else ():
+    if steps is None:
+        return values
+    for section in _sections(values, "train"):
         section.steps = min(section.steps, steps)
         section.update({"log_every": -(-section.steps // POINTS), "pictures_every": -(-section.steps // PICTURES)})
         section.evaluate_every = section.save_every = section.steps
@@ -78,7 +80,7 @@ def show(*pictures: UInt8[np.ndarray, "h w 3"] | epath.PathLike) -> None:
 def table(record: Mapping[str, Any] | Iterable[Mapping[str, Any]], *columns: str) -> None:
     """Prints figures: a record as names and values, several as rows, of which `columns` are shown (default: all)."""
     if isinstance(record, Mapping):
-        print(metrics.table(list(config_lib.flatten(record)), ("figure", "value")))
+        print(metrics.table(list(config_lib.flatten(dict(record))), ("figure", "value")))
         return
     rows = list(record)
     columns = columns or tuple(rows[0])
