@@ -1,7 +1,7 @@
 """One stage of every family on 1, 8, 64 and 128 devices: memory, traffic, and how well it should scale.
 
-    python benchmarks/devices.py --out=devices.jsonl                    all of it, a quarter of an hour of a core
-    python benchmarks/devices.py --configs vqvae2_imagenet --stages top --counts 8 64
+    python -m benchmarks devices --out=devices.jsonl                    all of it, a quarter of an hour of a core
+    python -m benchmarks devices --configs vqvae2_imagenet --stages top --counts 8 64
 
 A JSON line a case, and then all of them as a table; what `--out` holds already is not compiled again, so that the same
 command goes on where it was stopped. Steps are compiled from shapes alone, over devices of the CPU, with a batch that

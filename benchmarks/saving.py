@@ -1,7 +1,7 @@
 """What checkpoints cost: seconds to save and to restore the state of a stage, and what a save under way does to steps.
 
-    python benchmarks/saving.py --config=vqvae2_folder --stage=bottom --folder=FOLDER
-    python benchmarks/saving.py --config=vqvae2_cifar10 --stage=bottom --folder=FOLDER --batch_size=4 --saves=3
+    python -m benchmarks saving --config=vqvae2_folder --stage=bottom --folder=FOLDER
+    python -m benchmarks saving --config=vqvae2_cifar10 --stage=bottom --folder=FOLDER --batch_size=4 --saves=3
 
 A JSON line a case. `save`: `blocked_seconds` until training may go on, `seconds` until the checkpoint is committed,
 with its hashes, and `synced_seconds` until the system has it on its disk; `restore`: with the check of all hashes, of
@@ -11,16 +11,18 @@ costs in all. `peak_gib` is that of the process. The weights are those of a new 
 """
 
 import argparse
-import json
+import functools
 import os
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.record import Record
 from bitsperdim import config_files, optim, plan, sharding, trained
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
@@ -36,7 +38,8 @@ def main() -> None:
     parser.add_argument("--folder", help="where the checkpoints go; default: the system's for temporary files")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--saves", type=int, default=0, help="during training")
-    arguments = parser.parse_args()
+    arguments, record = parser.parse_args(), Record("saving")
+    say = functools.partial(said, record, {"config": arguments.config, "stage": arguments.stage})
     values = config_files.load(arguments.config)
     with plan.planned(values) as (run, mesh), sharding.made_for(jax.default_backend()):
         stage = run.stage(arguments.stage)
@@ -53,18 +56,19 @@ def main() -> None:
             if arguments.saves:
                 step = step_lib.compiled(model, stage.optim, settings, 0, mesh, like)
                 batch = {name: jnp.zeros((arguments.batch_size, *x.shape[1:]), x.dtype) for name, x in examples.items()}
-                train(checkpoints, step, state, batch, arguments.saves)
-                return
-            save(checkpoints, state, size)
+                train(say, checkpoints, step, state, batch, arguments.saves)
+                return record.end()
+            save(say, checkpoints, state, size)
             del state
             start = time.perf_counter()
             restored = jax.block_until_ready(checkpoints.restore(like))
             seconds = time.perf_counter() - start
             assert restored is not None
             say("restore", seconds=seconds, gb_per_second=size / seconds / 1e9)
+    return record.end()
 
 
-def save(checkpoints: Checkpoints, state, size: int) -> None:
+def save(say: Callable[..., None], checkpoints: Checkpoints, state, size: int) -> None:
     times = [time.perf_counter()]
     for part in (lambda: checkpoints.save(1, state), checkpoints.wait, os.sync):
         part()
@@ -74,7 +78,7 @@ def save(checkpoints: Checkpoints, state, size: int) -> None:
     say("save", blocked_seconds=blocked, seconds=committed, synced_seconds=synced, gb_per_second=speed)
 
 
-def train(checkpoints: Checkpoints, step, state, batch, saves: int) -> None:
+def train(say: Callable[..., None], checkpoints: Checkpoints, step, state, batch, saves: int) -> None:
     """Steps alone, then a save and steps until it is committed, again and again."""
     alone, beside, waited, done = [], [], [], 0
 
@@ -107,10 +111,9 @@ def lost(alone: list[float], beside: list[float]) -> float:
     return sum(beside) - len(beside) * float(np.median(alone))
 
 
-def say(case: str, **figures: float) -> None:
-    rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
-    peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-    print(json.dumps({"case": case, **rounded, "peak_gib": peak}), flush=True)
+def said(record: Record, of: dict[str, str], case: str, **figures: float) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    record.say(case, of, **figures, peak_gib=peak)
 
 
 if __name__ == "__main__":

@@ -80,14 +80,15 @@ def show(*pictures: UInt8[np.ndarray, "h w 3"] | epath.PathLike) -> None:
 def table(record: Mapping[str, Any] | Iterable[Mapping[str, Any]], *columns: str) -> None:
     """Prints figures: a record as names and values, several as rows, of which `columns` are shown (default: all)."""
     if isinstance(record, Mapping):
-        print(metrics.table(list(config_lib.flatten(dict(record))), ("figure", "value")))
+        one: Any = record
+        print(metrics.table(list(config_lib.flatten(one)), ("figure", "value")))
         return
     rows = list(record)
     columns = columns or tuple(rows[0])
     print(metrics.table([[row.get(name) for name in columns] for row in rows], columns))
 
 
-def _sections(values: ConfigDict, name: str) -> Iterable[ConfigDict]:
+def _sections(values: ConfigDict, name: str) -> Iterable[Any]:
     """Every section of that name, however deep."""
     for key, value in values.items():
         if isinstance(value, ConfigDict):
