@@ -1,17 +1,10 @@
-"""The command line: flags, and exit codes. The scripts call it through `scripts.py`.
-
-Exit codes: 0 done, 2 bad input, 3 stopped by a signal and saved, 4 training stayed non-finite, 5 another process of the
-run has ended; 1 is a defect of ours.
-"""
+"""The command line: flags of the scripts, and what they do. Called through `scripts.py`; exit codes: `exit_codes.py`."""
 
 import contextlib
-import errno
 import inspect
 import os
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +21,7 @@ from bitsperdim import (
     data,
     decoding,
     evaluation,
+    exit_codes,
     export,
     flag_config,
     flag_values,
@@ -44,18 +38,12 @@ from bitsperdim import (
 )
 from bitsperdim import config as config_lib
 from bitsperdim import run as run_lib
-from bitsperdim.errors import InputError, RunError
+from bitsperdim.errors import InputError
 from bitsperdim.model import Loaded
 from bitsperdim.run import Run
 from bitsperdim.sources import Source, reduce_bits
 
-# Of the file system, whatever was under way. Others would be defects of ours.
-NO_ROOM = "make room, then the same command goes on"
 LARGEST_FIGURE = 256  # rows of it: more are no picture any more, and are all in memory at once
-NO_ACCESS = "give yourself access to it, or use another folder (--workdir, --out)"
-REMEDIES = {errno.ENOSPC: NO_ROOM, errno.EDQUOT: NO_ROOM} | dict.fromkeys(
-    (errno.EACCES, errno.EPERM, errno.EROFS), NO_ACCESS
-)
 
 
 def train() -> None:
@@ -78,7 +66,7 @@ def train() -> None:
       --multihost=HOW           one of several processes that train together: tpu, slurm or HOST:PORT,NUM,ID; README
       --traceback               show where an error comes from
     """
-    _script(_train, train.__doc__)
+    exit_codes.run(_train, train.__doc__)
 
 
 def evaluate() -> None:
@@ -98,7 +86,7 @@ def evaluate() -> None:
       --multihost=HOW           one of several processes that measure together, as for train.py
       --traceback               show where an error comes from
     """
-    _script(_evaluate, evaluate.__doc__)
+    exit_codes.run(_evaluate, evaluate.__doc__)
 
 
 def sample() -> None:
@@ -127,7 +115,7 @@ def sample() -> None:
       --compare_samplers        measure every sampler; writes samplers.json, row by row, so it can go on, and pictures
       --traceback               show where an error comes from
     """
-    _script(_sample, sample.__doc__)
+    exit_codes.run(_sample, sample.__doc__)
 
 
 def convert() -> None:
@@ -150,7 +138,7 @@ def convert() -> None:
       --config.KEY=VALUE        another value for any key of the run's config, such as --config.data.data_dir=FOLDER
       --traceback               show where an error comes from
     """
-    _script(_convert, convert.__doc__)
+    exit_codes.run(_convert, convert.__doc__)
 
 
 def _train(argv: list[str]) -> None:
@@ -439,45 +427,3 @@ def _required(values: flags.FlagValues, name: str) -> Any:
     if values[name].value is None:
         raise InputError(f"--{name} is missing")
     return values[name].value
-
-
-def _script(main: Callable[[list[str]], None], help_text: str | None) -> None:
-    """Runs a script's body; ends the process with the exit code of what happened."""
-    if {"--help", "-h"} & set(sys.argv):
-        print(inspect.cleandoc(help_text or ""))
-        sys.exit(0)
-    argv = [argument for argument in sys.argv if argument != "--traceback"]
-    _use_compilation_cache()
-    try:
-        main(argv)
-    except BrokenPipeError:  # of `| head`: who read our lines has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (Exception, KeyboardInterrupt) as error:
-        explained = _explained(error)
-        if not isinstance(explained, RunError) and not hosts.are_several():
-            raise
-        if "--traceback" in sys.argv or not isinstance(explained, RunError):
-            traceback.print_exc()
-        if isinstance(explained, RunError):
-            print(f"error: {explained}", file=sys.stderr)
-        hosts.end(explained)
-
-
-def _explained(error: BaseException) -> BaseException:
-    """As an error of the user's, where it is one: of the file system, or of another process of the run."""
-    if isinstance(error, OSError) and error.errno in REMEDIES:
-        where = f" for {error.filename}" if error.filename else ""
-        explained = InputError(f"{error.strerror}{where}; {REMEDIES[error.errno]}")
-    else:
-        explained = hosts.explained(error)
-    explained.is_of_all = hosts.is_of_all(error)  # pyright: ignore[reportAttributeAccessIssue]
-    return explained
-
-
-def _use_compilation_cache() -> None:
-    """Compiled programs are kept between runs, unless JAX_COMPILATION_CACHE_DIR says where (or '' says not)."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = os.environ.get("BITSPERDIM_CACHE") or os.path.expanduser("~/.cache/bitsperdim")
-        with contextlib.suppress(OSError):
-            os.makedirs(folder, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "xla"))
