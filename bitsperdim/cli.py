@@ -1,4 +1,4 @@
-"""The command line: flags of the scripts, and what they do. Called through `scripts.py`; exit codes: `exit_codes.py`."""
+"""The command line: flags of the scripts, and what these do. Called by `scripts.py`; exit codes: `exit_codes.py`."""
 
 import contextlib
 import inspect
