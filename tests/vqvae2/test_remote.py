@@ -12,7 +12,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 import bitsperdim
-from bitsperdim import cli, config_files, metrics, trained, trainer, warm_start
+from bitsperdim import cli, config_files, metrics, trained, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.checkpoint import Checkpoints
 
@@ -52,8 +52,10 @@ def store(tmp_path, monkeypatch):
 @pytest.fixture
 def local_checkpoints(tmp_path, monkeypatch):
     folder = lambda run, stage: tmp_path / "arrays" / run.workdir.name / stage.name
-    for module in (trainer, trained, warm_start):
-        monkeypatch.setattr(module, "checkpoints_of", lambda run, stage: Checkpoints(epath.Path(folder(run, stage))))
+    for module in (trainer, trained):
+        monkeypatch.setattr(
+            module, "checkpoints_of", lambda run, stage, *_: Checkpoints(epath.Path(folder(run, stage)))
+        )
 
 
 def tiny_config(cache_dir):
