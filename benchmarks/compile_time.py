@@ -27,12 +27,8 @@ def main() -> None:
     untrained.add_flags(parser, "vdvae_cifar10:c1")
     arguments, record = parser.parse_args(), Record("compile_time")
     try:
-        for about, config in untrained.cases(arguments):
-            with untrained.opened(config, arguments.batch) as (run, mesh):
-                for stage in untrained.trained_stages(run, arguments.stage):
-                    assert stage.settings
-                    of = about | {"stage": stage.name, "batch": stage.settings.batch_size}
-                    record.say("step", of, **measure(run, stage, mesh))
+        for of, run, stage, mesh in untrained.stages(arguments):
+            record.say("step", of, **measure(run, stage, mesh))
     except RunError as error:
         end_with(error)
     record.end()

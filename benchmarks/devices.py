@@ -23,6 +23,7 @@ import os
 import pathlib
 from typing import NamedTuple
 
+from benchmarks.record import markdown
 from bitsperdim import config_files, plan
 
 COUNTS = (1, 8, 64, 128)
@@ -107,7 +108,7 @@ def table(records: list[dict]) -> list[str]:
     """Markdown, a line a record; efficiencies where the same was compiled for one device."""
     ones = {(record["config"], record["stage"]): record for record in records if record["count"] == 1}
     columns = ["config, stage", "devices", "state", "temporary", *(f"{kind}, MiB" for kind in KINDS), "others, MiB"]
-    rows = [[*columns, *LINKS], ["---"] * (len(columns) + len(LINKS))]
+    rows = []
     for record in records:
         axes, held, moved = record["devices"], record["bytes"], record["traffic"]
         mesh = f"{record['count']} ({axes['data']} x {axes['fsdp']})" if axes["fsdp"] > 1 else f"{record['count']}"
@@ -126,7 +127,7 @@ def table(records: list[dict]) -> list[str]:
             least, most = efficiency(record, one, name) if one else (math.nan, math.nan)
             row.append(f"{least:.1%} to {most:.1%}" if one and record["count"] > 1 else "")
         rows.append(row)
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown([*columns, *LINKS], rows)
 
 
 if __name__ == "__main__":

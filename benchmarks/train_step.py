@@ -40,13 +40,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     arguments, record = parser.parse_args(), Record("train_step")
     try:
-        for about, config in untrained.cases(arguments):
-            with untrained.opened(config, arguments.batch) as (run, mesh):
-                for stage in untrained.trained_stages(run, arguments.stage):
-                    assert stage.settings
-                    of = about | {"stage": stage.name, "batch": stage.settings.batch_size}
-                    for what in arguments.what:
-                        record.say(what, of, **measure(run, stage, mesh, what, arguments.repeats))
+        for of, run, stage, mesh in untrained.stages(arguments):
+            for what in arguments.what:
+                record.say(what, of, **measure(run, stage, mesh, what, arguments.repeats))
     except RunError as error:
         end_with(error)
     record.end()

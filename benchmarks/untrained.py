@@ -94,6 +94,15 @@ def trained_stages(run: Run, only: str = "") -> list[Stage]:
     return [run.stage(only)] if only else [stage for stage in run.stages() if stage.model is not None]
 
 
+def stages(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Run, Stage, Mesh]]:
+    """What tells a case from others, and its run, stage and mesh, for every stage that is asked for of all `cases`."""
+    for about, config in cases(arguments):
+        with opened(config, arguments.batch) as (run, mesh):
+            for stage in trained_stages(run, arguments.stage):
+                assert stage.settings
+                yield about | {"stage": stage.name, "batch": stage.settings.batch_size}, run, stage, mesh
+
+
 def batch_of(run: Run, stage: Stage, mesh: Mesh) -> PyTree:
     """A batch of the stage's shapes: images of noise, codes 0 and 1, class 0."""
     generator, levels = np.random.Generator(np.random.Philox(0)), facts.of_run(run).levels
