@@ -12,8 +12,6 @@ for the batch of each config, whatever its size. XLA's CPU backend undoes remate
 
 import argparse
 
-from ml_collections import ConfigDict
-
 from benchmarks.record import Record, markdown
 from bitsperdim import config_files, facts, plan
 from vdvae import layers, vae
@@ -109,7 +107,6 @@ def case(name: str, parameters_only: bool, batch: int, scan: str) -> dict:
     values = config_files.load(name)
     values.model.scan, values.model.dtype = scan == "on", "float32"
     values.train.batch_size = batch or values.train.batch_size
-    values.data = stand_in(values)
     published, gigabytes, nll = PUBLISHED.get(name, (None, None, None))
     whole = PUBLISHED.get(f"{name.split(':')[0]}:vdvae", (None, None, None))[1]
     with plan.planned(values) as (run, mesh):
@@ -137,13 +134,6 @@ def add_ratios(cases: list[dict]) -> None:
         whole = total.get(f"{case['config'].split(':')[0]}:vdvae")
         if whole and case["config"] in total:
             case["ratio"] = round(whole / total[case["config"]], 2)
-
-
-def stand_in(values: ConfigDict) -> dict:
-    """Noise of the size and levels of the config's images: no data set is looked for."""
-    if values.model.get("output") == "bernoulli":
-        return {"source": "synthetic", "image_size": 28, "synthetic_channels": 1, "synthetic_levels": 2}
-    return {"source": "synthetic", "image_size": values.data.image_size, "bits": values.data.get("bits", 8)}
 
 
 def figures(record: dict) -> dict:
