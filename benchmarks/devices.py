@@ -20,10 +20,9 @@ import argparse
 import json
 import math
 import os
-import pathlib
 from typing import NamedTuple
 
-from benchmarks.record import markdown
+from benchmarks import record as record_lib
 from bitsperdim import config_files, plan
 
 COUNTS = (1, 8, 64, 128)
@@ -60,26 +59,21 @@ def main() -> None:
     parser.add_argument("--out", help="a file of JSON lines, added to")
     arguments = parser.parse_args()
     plan.use_devices(max(arguments.counts))
-    done, records = measured(arguments.out) if arguments.out else {}, []
+    record, shown = record_lib.Record("devices"), []
+    done = record_lib.read(arguments.out) if arguments.out and os.path.exists(arguments.out) else []
     for case in CASES:
         if case.config not in arguments.configs or case.stage not in arguments.stages:
             continue
         for count in arguments.counts:
-            record = done.get((case.config, case.stage, count))
-            if record is None:
-                record = {"config": case.config, "count": count} | compiled(case, count)
-                print(line := json.dumps(record), flush=True)
+            of = {"config": case.config, "count": count}
+            line = next((line for line in done if line["case"] == case.stage and line["of"] == of), None)
+            if line is None:
+                line = record.say(case.stage, of, **compiled(case, count))
                 if arguments.out:
                     with open(arguments.out, "a") as stream:
-                        print(line, file=stream)
-            records.append(record)
-    print("\n" + "\n".join(table(records)))
-
-
-def measured(path: str) -> dict[tuple[str, str, int], dict]:
-    """The records of an earlier start, by config, stage and number of devices."""
-    lines = pathlib.Path(path).read_text().splitlines() if os.path.exists(path) else []
-    return {(record["config"], record["stage"], record["count"]): record for record in map(json.loads, lines)}
+                        print(json.dumps(line), file=stream)
+            shown.append(line["of"] | line["figures"])
+    print("\n" + "\n".join(table(shown)))
 
 
 def compiled(case: Case, count: int) -> dict:
@@ -107,7 +101,7 @@ def efficiency(record: dict, one: dict, name: str) -> tuple[float, float]:
 def table(records: list[dict]) -> list[str]:
     """Markdown, a line a record; efficiencies where the same was compiled for one device."""
     ones = {(record["config"], record["stage"]): record for record in records if record["count"] == 1}
-    columns = ["config, stage", "devices", "state", "temporary", *(f"{kind}, MiB" for kind in KINDS), "others, MiB"]
+    columns = ["config, stage, batch", "devices", "state, GiB", "temporary, GiB", *(f"{kind}, MiB" for kind in KINDS), "others, MiB"]
     rows = []
     for record in records:
         axes, held, moved = record["devices"], record["bytes"], record["traffic"]
@@ -116,7 +110,7 @@ def table(records: list[dict]) -> list[str]:
         mebi = lambda kinds, moved=moved: f"{sum(moved[kind]['bytes'] for kind in kinds if kind in moved) / 2**20:,.1f}"
         others = [kind for kind in moved if kind not in KINDS]
         row = [
-            f"`{record['config']}` {record['stage']}",
+            f"`{record['config']}` {record['stage']}, {record['batch_size']:,}",
             mesh,
             f"{state / 2**30:.2f}",
             f"{held['temporary'] / 2**30:.2f}",
@@ -127,7 +121,7 @@ def table(records: list[dict]) -> list[str]:
             least, most = efficiency(record, one, name) if one else (math.nan, math.nan)
             row.append(f"{least:.1%} to {most:.1%}" if one and record["count"] > 1 else "")
         rows.append(row)
-    return markdown([*columns, *LINKS], rows)
+    return record_lib.markdown([*columns, *LINKS], rows)
 
 
 if __name__ == "__main__":

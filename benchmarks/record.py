@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bitsperdim import metrics
+from bitsperdim import config, metrics
 from bitsperdim.errors import RunError
 
 
@@ -84,15 +84,15 @@ def read(path: str) -> list[dict[str, Any]]:
 
 
 def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """[case, figure, before, after, after / before] of every number that both have; the last of like cases counts."""
+    """[case, figure, before, after, after / before] of every number that both have, in tables too; the last of like cases counts."""
     key = lambda case: json.dumps([case["benchmark"], case["case"], case["of"]], sort_keys=True)
     old = {key(case): case for case in before}
     rows: list[list[Any]] = []
     for name, case in {key(case): case for case in after}.items():
         is_number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
-        figures = old[name]["figures"] if name in old else {}
+        figures = dict(config.flatten(old[name]["figures"])) if name in old else {}
         label = " ".join([case["benchmark"], case["case"], *(f"{k}={v}" for k, v in case["of"].items())])
-        for figure, value in case["figures"].items():
+        for figure, value in config.flatten(case["figures"]):
             if is_number(value) and is_number(figures.get(figure)):
                 ratio = value / figures[figure] if figures[figure] else None
                 rows.append([label, figure, figures[figure], value, None if ratio is None else round(ratio, 3)])

@@ -48,7 +48,7 @@ def test_a_name_that_there_is_not_is_refused_with_the_nearest(runner, capsys):
 def test_two_files_of_lines_stand_side_by_side_with_ratios(runner, record, capsys, tmp_path):
     for name, seconds in (("a", 2.0), ("b", 3.0)):
         lines = record.Record("step")
-        lines.say("step", {"batch": 4}, seconds=seconds, parameters=10)
+        lines.say("step", {"batch": 4}, seconds=seconds, parameters=10, bytes={"weights": 40})
         lines.say("step", {"batch": 8}, seconds=4 * seconds)
         lines.say("step", {"batch": 16 if name == "a" else 32}, seconds=1.0)  # only in one of them
         lines.end()
@@ -57,6 +57,7 @@ def test_two_files_of_lines_stand_side_by_side_with_ratios(runner, record, capsy
     assert record.compare(before, after) == [
         ["step step batch=4", "seconds", 2.0, 3.0, 1.5],
         ["step step batch=4", "parameters", 10, 10, 1.0],
+        ["step step batch=4", "bytes.weights", 40, 40, 1.0],
         ["step step batch=8", "seconds", 8.0, 12.0, 1.5],
     ]
     assert before[0]["on"]["devices"].endswith("cpu") and before[0]["on"]["jax"]
