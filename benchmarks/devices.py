@@ -101,7 +101,8 @@ def efficiency(record: dict, one: dict, name: str) -> tuple[float, float]:
 def table(records: list[dict]) -> list[str]:
     """Markdown, a line a record; efficiencies where the same was compiled for one device."""
     ones = {(record["config"], record["stage"]): record for record in records if record["count"] == 1}
-    columns = ["config, stage, batch", "devices", "state, GiB", "temporary, GiB", *(f"{kind}, MiB" for kind in KINDS), "others, MiB"]
+    columns = ["config, stage, batch", "devices", "state, GiB", "temporary, GiB"]
+    columns += [f"{kind}, MiB" for kind in (*KINDS, "others")]
     rows = []
     for record in records:
         axes, held, moved = record["devices"], record["bytes"], record["traffic"]

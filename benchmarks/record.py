@@ -84,7 +84,10 @@ def read(path: str) -> list[dict[str, Any]]:
 
 
 def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """[case, figure, before, after, after / before] of every number that both have, in tables too; the last of like cases counts."""
+    """[case, figure, before, after, after / before] of every number that both have, the last of like cases counts.
+
+    Figures in tables are called table.figure.
+    """
     key = lambda case: json.dumps([case["benchmark"], case["case"], case["of"]], sort_keys=True)
     old = {key(case): case for case in before}
     rows: list[list[Any]] = []
