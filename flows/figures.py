@@ -40,7 +40,10 @@ def _scales(
     heads, columns, rows = ["image"], [originals], []
     for scale, latent in enumerate(latents):
         others = [z if i != scale else None for i, z in enumerate(latents)]
-        columns.append(loaded.decode(others, key, temperature))
+        if len(latents) > 1:
+            columns.append(loaded.decode(others, key, temperature))
+        else:  # there are no others: a sample
+            columns.append(loaded.sample(key, n, temperature=temperature))
         heads.append(f"{scale}: {'x'.join(map(str, latent.shape[1:]))}")
         change = np.abs(columns[-1].astype(float) - originals)
         rows.append(
