@@ -56,6 +56,17 @@ def flatten(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
             yield _join(path, key), value
 
 
+def path_of(section: Any, config: Any) -> str:
+    """Where in a config one of its sections stands, such as 'top.train'; '' where it does not."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is section:
+            return field.name
+        if dataclasses.is_dataclass(value) and (path := path_of(section, value)):
+            return f"{field.name}.{path}"
+    return ""
+
+
 def to_plain(value: Any) -> Any:
     """A config (dataclass, ConfigDict, tuple, ...) as dicts, lists and scalars: what `config.json` holds."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -9,7 +9,6 @@ says bfloat16, up to half.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import tempfile
@@ -92,6 +91,8 @@ def plan(values: ConfigDict | Mapping[str, Any], only: str = "") -> Iterator[dic
     Bytes are those on one device; arithmetic is that of all. Raises InputError where config, mesh and batch do not fit.
     """
     with planned(values) as (run, mesh):
+        if only and run.stage(only).model is None:
+            raise InputError(f"stage '{only}' trains no model, so there is nothing to plan")
         for stage in [run.stage(only)] if only else run.stages():
             if stage.model is not None:
                 yield {"stage": stage.name} | of_stage(run, stage, mesh)
@@ -112,7 +113,8 @@ def of_stage(run: Run, stage: Stage, mesh: Mesh, compiles: bool = True) -> dict[
     if not stage.by_rows:
         sharding.check_whole_images(mesh, stage.name)
     model, settings = stage.model(run), stage.settings
-    section = _path(run.config, settings)
+    section = config_lib.path_of(settings, run.config)
+    sharding.check_batch_size(mesh, section, settings.batch_size, settings.accumulation)
     like, each = trained.abstract_state(run, stage, model, mesh), settings.steps_per_dispatch
     record = {
         "devices": dict(mesh.shape),
@@ -269,17 +271,6 @@ def facts_of(config: DataConfig) -> Facts:
     """Of the images that a data config describes, without opening them."""
     source = data.open_source(stand_in(config), "train")
     return Facts(source.shape, source.levels)
-
-
-def _path(config: Any, settings: step_lib.TrainConfig) -> str:
-    """Of a stage's settings in the config, such as 'top.train'."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value is settings:
-            return field.name
-        if dataclasses.is_dataclass(value) and (path := _path(value, settings)):
-            return f"{field.name}.{path}"
-    return ""
 
 
 def _savings(config: Any, section: str) -> list[str]:

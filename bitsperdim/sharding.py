@@ -101,9 +101,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes |= further
     if math.prod(sizes.values()) != count:
         asked = " x ".join(f"mesh.{name}={getattr(config, name)}" for name in sizes)
+        remaining = "" if -1 in (config.data, config.fsdp) else "--config.mesh.data=-1 or "
         raise InputError(
-            f"{asked} does not use the {count} devices present; "
-            f"set --config.mesh.data=-1 or sizes whose product is {count}"
+            f"{asked} does not use the {count} devices present; set {remaining}sizes whose product is {count}"
         )
     # Explicit axes, the default of make_mesh, fail in gathers and space-to-depth reshapes.
     kinds = (AxisType.Auto,) * len(sizes)
@@ -162,6 +162,17 @@ def over_rows(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
 def num_batch_shards(mesh: Mesh) -> int:
     """Among how many devices, or groups of them that share their examples, a batch is divided."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def check_batch_size(mesh: Mesh, section: str, batch_size: int, parts: int) -> None:
+    """Raises `InputError` where a batch of a `section` of the config, in so many micro-batches, cannot be divided."""
+    count = num_batch_shards(mesh)
+    if batch_size % (parts * count):
+        among = f"{count} devices" if count == mesh.size else f"{count} groups of devices (data x fsdp)"
+        raise InputError(
+            f"{section}.batch_size={batch_size} in {parts} part(s) is not divisible by the {among}; "
+            f"use a multiple of {count * parts}"
+        )
 
 
 def whole_batch(batch_size: int, mesh: Mesh) -> int:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from bitsperdim import config as config_lib
 from bitsperdim import data, evaluation, hosts, lock, metrics, optim, rng, seen, sharding, warm_start
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
@@ -53,7 +54,9 @@ def train(
             mesh = sharding.make_mesh(run.config.mesh)
             for stage in chosen:
                 _check_schedule(stage)
-                _check_batch_size(stage, mesh)
+                if (settings := stage.settings) is not None:
+                    section = config_lib.path_of(settings, run.config)
+                    sharding.check_batch_size(mesh, section, settings.batch_size, settings.accumulation)
                 if stage.model is not None and not stage.by_rows:
                     sharding.check_whole_images(mesh, stage.name)
             for stage in chosen:
@@ -274,19 +277,6 @@ def _check_best_metric(config: step_lib.TrainConfig, model: Model, like: PyTree,
     if config.best_metric not in names:
         raise InputError(
             f"best_metric '{config.best_metric}' is no figure of the evaluation; there are {', '.join(names)}"
-        )
-
-
-def _check_batch_size(stage: Stage, mesh: Mesh) -> None:
-    if stage.settings is None:
-        return
-    parts = stage.settings.accumulation
-    micro_batch, count = stage.settings.batch_size // parts, sharding.num_batch_shards(mesh)
-    if micro_batch % count:
-        among = f"{count} devices" if count == mesh.size else f"{count} groups of devices (data x fsdp)"
-        raise InputError(
-            f"{stage.name}.train.batch_size={stage.settings.batch_size} "
-            f"in {parts} part(s) is not divisible by the {among}; use a multiple of {count * parts}"
         )
 
 

@@ -104,6 +104,21 @@ def test_what_nobody_knows_is_asked_for(tmp_path):
         plan.stand_in(DataConfig(source="tfds", name="of_mine", data_dir=str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("name", "stage", "changes", "message"),
+    [
+        ("vqvae2_photos", "top", {"top.train.batch_size": 12}, r"^top\.train\.batch_size=12 .* use a multiple of 8$"),
+        ("vdvae_digits", "model", {"train.accumulation": 4}, r"^train\.batch_size=16 in 4 .* use a multiple of 32$"),
+        ("vqvae2_photos", "codes", {}, "^stage 'codes' trains no model, so there is nothing to plan$"),
+    ],
+)
+def test_what_would_not_be_trained_is_not_planned(name, stage, changes, message):
+    values = config_files.load(f"{name}:tiny")
+    values.update_from_flattened_dict(changes)
+    with pytest.raises(InputError, match=message):
+        list(plan.plan(values, stage))
+
+
 def test_devices_in_use_are_not_taken():
     with pytest.raises(InputError, match=r"devices are in use already .*; plan in a process of its own"):
         plan.use_devices(64)

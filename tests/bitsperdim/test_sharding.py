@@ -197,6 +197,13 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_their_number(confi
         sharding.make_mesh(config)
 
 
+def test_what_remains_for_data_is_advised_where_it_is_not_asked_for_yet():
+    with pytest.raises(InputError, match=r"set --config\.mesh\.data=-1 or sizes whose product is 8$"):
+        sharding.make_mesh(MeshConfig(data=3))
+    with pytest.raises(InputError, match=r"present; set sizes whose product is 8$"):
+        sharding.make_mesh(MeshConfig(data=-1, fsdp=3))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

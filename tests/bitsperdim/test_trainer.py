@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_ends_as_it_should(
         ({"data.source": "tfds", "data.name": "cifar10"}, "data set 'cifar10' is not in "),
         (
             {"train.batch_size": 12},
-            r"batch_size=12 in 1 part\(s\) is not divisible by the 8 devices; use a multiple of 8",
+            r"^train\.batch_size=12 in 1 part\(s\) is not divisible by the 8 devices; use a multiple of 8",
         ),
         ({"train.batch_size": 24, "train.accumulation": 2}, r"in 2 part\(s\) is not divisible .* use a multiple of 16"),
         ({"mesh.data": 3}, "does not use the 8 devices present"),
