@@ -61,7 +61,9 @@ def join(how: str) -> None:
     try:
         jax.distributed.initialize(**address, **times)
     except (RuntimeError, ValueError) as error:
-        raise failed(str(error).strip().splitlines()[0]) from error
+        # What JAX says where it has found no cluster names an argument of its own.
+        alone = how == "tpu" and "coordinator_address" in str(error)
+        raise failed("this is no TPU VM" if alone else str(error).strip().splitlines()[0]) from error
     finally:
         late.cancel()
 
@@ -108,7 +110,7 @@ def _address(how: str) -> dict[str, Any]:
         if lacking := [name for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID") if name not in os.environ]:
             raise InputError(f"--multihost=slurm: {', '.join(lacking)} is not set; start the script with srun")
         return {"cluster_detection_method": "slurm"}
-    found = re.fullmatch(r"(.+):(\d+),(\d+),(\d+)", how)
+    found = re.fullmatch(r"(.+):(\d+),([1-9]\d*),(\d+)", how)
     if not found:
         raise InputError(f"--multihost must be {FORMS}, not '{how}'")
     host, port, count, index = found[1], *map(int, found.groups()[1:])

@@ -134,6 +134,7 @@ def test_two_processes_end_with_the_bits_of_one_though_one_is_killed_and_one_is_
         ("", "--multihost must be tpu, slurm or HOST:PORT,NUM_PROCESSES,PROCESS_ID such as 10.0.0.1:1234,2,0, not ''"),
         ("gpu", "--multihost must be tpu, slurm or .*, not 'gpu'"),
         ("localhost:1234", "--multihost must be .*, not 'localhost:1234'"),
+        ("localhost:1234,0,0", "--multihost must be .*, not 'localhost:1234,0,0'"),
         ("localhost:1234,2,2", "the process in 0..1"),
         ("localhost:99999,2,0", "the port must lie in 1..65535"),
         ("slurm", "--multihost=slurm: SLURM_JOB_ID, SLURM_NTASKS, SLURM_PROCID is not set; start the script with srun"),
