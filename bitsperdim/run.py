@@ -8,6 +8,7 @@ Not here: what is inside a checkpoint (`checkpoint.py`), and what a stage does (
 """
 
 import dataclasses
+import errno
 import importlib
 import importlib.metadata
 import io
@@ -134,12 +135,12 @@ def check(workdir: str | os.PathLike[str], values: ConfigDict | Mapping[str, Any
     return run
 
 
-def check_same_config(run: Run) -> None:
-    """Raises `InputError` where this process was given another config than the first one. Collective."""
+def check_same_config(run: Run, only: str = "") -> None:
+    """Raises `InputError` where this process was given another config, or stage, than the first one. Collective."""
     values = config_lib.to_plain(run.config)
     values["data"] = {key: value for key, value in values["data"].items() if key not in PATH_KEYS}
-    message = "this process was given another config than the first one; all take the same flags"
-    hosts.check_same(zlib.crc32(json.dumps(values, sort_keys=True).encode()), message)
+    message = "this process was given another config or --stage than the first one; all take the same flags"
+    hosts.check_same(zlib.crc32(json.dumps([values, only], sort_keys=True).encode()), message)
 
 
 def create(run: Run) -> list[str]:
@@ -150,7 +151,8 @@ def create(run: Run) -> list[str]:
             write_json(run.workdir / "config.json", config_lib.to_plain(run.config))
         return _note_environment(run)
     except OSError as error:
-        raise InputError(f"cannot write to {run.workdir}: {error.strerror}; use another --workdir") from error
+        room = "make room there or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise InputError(f"cannot write to {run.workdir}: {error.strerror}; {room}use another --workdir") from error
 
 
 def keep_free_keys(run: Run) -> None:
@@ -227,8 +229,11 @@ def _note_environment(run: Run) -> list[str]:
     before = now | read_json(path) if path.exists() else now  # keys that have come since are as they are now
     if hosts.is_first():
         write_json(path, now)
+    before = dict(config_lib.flatten(before))
     return [
-        f"{key} changed from {before.get(key)} to {value}" for key, value in now.items() if before.get(key) != value
+        f"{key} changed from {before.get(key)} to {value}"
+        for key, value in config_lib.flatten(now)
+        if before.get(key) != value
     ]
 
 

@@ -65,7 +65,7 @@ def train(
                     like = abstract_state(run, stage, stage.model(run), mesh)
                     if init_from:
                         warm_start.check(run, stage, like, init_from)
-        run_lib.check_same_config(run)
+        run_lib.check_same_config(run, only)
         complete = {stage.name: is_complete(run, stage) for stage in chosen}
         if all(complete.values()):
             with hosts.together():

@@ -202,6 +202,7 @@ def test_a_change_of_the_machine_is_noted_once(start, toy_config, monkeypatch):
     [line] = run_lib.create(run)
     assert line.startswith("jax changed from ") and line.endswith(" to 0.0.1")
     assert run_lib.create(run) == []
+    assert run_lib.create(run_lib.check(folder, toy_config({"mesh.fsdp": 8}))) == ["mesh.fsdp changed from 1 to 8"]
 
 
 @pytest.mark.parametrize(
