@@ -169,9 +169,11 @@ def check_batch_size(mesh: Mesh, section: str, batch_size: int, parts: int) -> N
     count = num_batch_shards(mesh)
     if batch_size % (parts * count):
         among = f"{count} devices" if count == mesh.size else f"{count} groups of devices (data x fsdp)"
+        # More devices need fewer micro-batches for the same memory.
+        fewer = [n for n in range(1, parts) if batch_size % (n * count) == 0]
         raise InputError(
             f"{section}.batch_size={batch_size} in {parts} part(s) is not divisible by the {among}; "
-            f"use a multiple of {count * parts}"
+            f"use {f'--config.{section}.accumulation={fewer[-1]} or ' if fewer else ''}a multiple of {count * parts}"
         )
 
 

@@ -108,7 +108,12 @@ def test_what_nobody_knows_is_asked_for(tmp_path):
     ("name", "stage", "changes", "message"),
     [
         ("vqvae2_photos", "top", {"top.train.batch_size": 12}, r"^top\.train\.batch_size=12 .* use a multiple of 8$"),
-        ("vdvae_digits", "model", {"train.accumulation": 4}, r"^train\.batch_size=16 in 4 .* use a multiple of 32$"),
+        (
+            "vdvae_digits",
+            "model",
+            {"train.accumulation": 4},
+            r"^train\.batch_size=16 in 4 .* use --config\.train\.accumulation=2 or a multiple of 32$",
+        ),
         ("vqvae2_photos", "codes", {}, "^stage 'codes' trains no model, so there is nothing to plan$"),
     ],
 )
