@@ -65,8 +65,9 @@ def check(case: tuple[str, str], count: int, fsdp: int) -> str:
     moved = lambda kind: sum(one.bytes * one.times for one in found if one.kind == kind) / 4
     summed = moved("all-reduce") + moved("reduce-scatter")
     # Gradients that no example takes part in, as those of a log-determinant alone, need no sum. With several groups of
-    # devices that hold all weights together there is one in the groups, and one between them.
-    least, most = 0.9 * numbers(params), 1.15 * numbers(params) * (2 if 1 < fsdp < count else 1)
+    # devices that hold all weights together there is one in the groups, and one between them. Where there is one group
+    # the sums of a codebook, a tenth of such small weights, must not pass for rounding.
+    least, most = 0.9 * numbers(params), numbers(params) * (2.3 if 1 < fsdp < count else 1.02)
     assert least <= summed <= most + numbers(statistics) + NUMBERS, (least, summed, most, numbers(statistics))
     assert sum(map(moved, pieces)) <= numbers(sharded) / 10
     gathered = [shape for one in found if one.kind == "all-gather" for shape in one.shapes]
