@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
+from bitsperdim.config import at_least
 from bitsperdim.errors import InputError
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
@@ -46,7 +47,8 @@ class MeshConfig:
     """Sizes of the mesh axes (-1: all remaining devices) and the rules that shard parameters.
 
     A rule is (regex, axes): the first regex found in a parameter's path decides, and `axes` names a mesh axis, or ''
-    for none, for each of the *last* dimensions. A dimension that the axis does not divide stays whole.
+    for none, for each of the *last* dimensions. A dimension that the axis does not divide stays whole, and so, for
+    `rules`, does a parameter of fewer than `smallest` values: to gather it takes longer than to send what it has.
 
     The batch lies over `data` and `fsdp`. What `rules` shard is gathered before it is used; what `model_rules` shard
     over `model` is used as it lies, each device computing its part of a layer's outputs, which are then sent around:
@@ -62,6 +64,7 @@ class MeshConfig:
     model: int = 1
     spatial: int = 1
     rules: Rules = (("(kernel|table)$", ("fsdp",)),)
+    smallest: int = 16_384
     model_rules: Rules = (("kernel$", ("model",)),)
 
     def __post_init__(self) -> None:
@@ -74,6 +77,7 @@ class MeshConfig:
         for name in FURTHER:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a number of devices, not {getattr(self, name)}")
+        at_least(self, 0, "smallest")
         _check_rules("rules", self.rules, ("data", "fsdp", ""))
         _check_rules("model_rules", self.model_rules, ("model", ""))
 
@@ -220,7 +224,7 @@ def for_state(state: PyTree, config: MeshConfig, mesh: Mesh) -> PyTree:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         chosen: list[tuple[str, ...]] = [()] * leaf.ndim
         # `model` first: what is left of a dimension where it is gathered over `fsdp` is then one piece.
-        for rules in (config.model_rules, config.rules):
+        for rules in (config.model_rules, config.rules if leaf.size >= config.smallest else ()):
             axes = next((axes for pattern, axes in rules if re.search(pattern, name)), ())
             for i, axis in zip(range(leaf.ndim - 1, -1, -1), reversed(axes), strict=False):
                 pieces = math.prod(mesh.shape[other] for other in (*chosen[i], axis) if other in mesh.shape)

@@ -13,8 +13,8 @@ from bitsperdim.sharding import MeshConfig
 
 MESHES = {
     "replicated": MeshConfig(),
-    "fsdp": MeshConfig(data=1, fsdp=8),
-    "model": MeshConfig(fsdp=2, model=2),
+    "fsdp": MeshConfig(data=1, fsdp=8, smallest=0),
+    "model": MeshConfig(fsdp=2, model=2, smallest=0),
     "spatial": MeshConfig(spatial=4),
 }
 

@@ -98,7 +98,9 @@ def test_a_model_axis_leaves_each_device_a_part_of_every_kernel_of_which_fsdp_ta
 
 def test_a_kernel_is_gathered_over_fsdp_and_used_as_it_lies_over_model(sub_mesh):
     mesh = sub_mesh(2, 2, 2)
-    config = MeshConfig(fsdp=2, model=2, model_rules=(("out/kernel$", ("model", "")), ("kernel$", ("model",))))
+    config = MeshConfig(
+        fsdp=2, model=2, smallest=0, model_rules=(("out/kernel$", ("model", "")), ("kernel$", ("model",)))
+    )
     kernels = {name: {"kernel": jax.ShapeDtypeStruct((6, 8), jnp.float32)} for name in ("in", "out")}
     kernels["odd"] = {"kernel": jax.ShapeDtypeStruct((6, 6), jnp.float32)}
     places = sharding.for_state(kernels, config, mesh)
@@ -156,10 +158,17 @@ def placed(shape, config, mesh, name="kernel"):
 
 
 def test_a_dimension_that_the_axis_does_not_divide_stays_whole(sub_mesh):
-    config = MeshConfig(fsdp=4)
+    config = MeshConfig(fsdp=4, smallest=0)
     assert placed((3, 3, 6, 8), config, sub_mesh(2, 4)) == P(None, None, None, "fsdp")
     assert placed((3, 3, 8, 6), config, sub_mesh(2, 4)) == P(None, None, None, None)
     assert placed((8,), config, sub_mesh(2, 4), "bias") == P(None)
+
+
+def test_a_small_parameter_stays_whole(sub_mesh):
+    at = functools.partial(placed, config=MeshConfig(fsdp=4), mesh=sub_mesh(2, 4))
+    assert at((3, 3, 64, 32)) == P(None, None, None, "fsdp") and at((3, 3, 64, 28)) == P(None, None, None, None)
+    # Over `model` too, where the rule is about how a layer is computed.
+    assert placed((8, 8), MeshConfig(fsdp=2, model=2), sub_mesh(2, 2, 2)) == P(None, "model")
 
 
 def test_tables_are_sharded_as_kernels_are(sub_mesh):
@@ -168,7 +177,9 @@ def test_tables_are_sharded_as_kernels_are(sub_mesh):
 
 
 def test_the_first_rule_that_matches_decides_and_names_the_last_dimensions(sub_mesh):
-    config = MeshConfig(fsdp=4, rules=(("^layer/kernel$", ("fsdp", "")), ("kernel$", ("fsdp",)), ("scale", ("data",))))
+    config = MeshConfig(
+        fsdp=4, smallest=0, rules=(("^layer/kernel$", ("fsdp", "")), ("kernel$", ("fsdp",)), ("scale", ("data",)))
+    )
     assert placed((3, 8, 8), config, sub_mesh(2, 4)) == P(None, "fsdp", None)
     assert placed((8,), config, sub_mesh(2, 4)) == P(None)
     assert placed((2, 2), config, sub_mesh(2, 4), "scale") == P(None, "data")

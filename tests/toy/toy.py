@@ -17,7 +17,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "family": "toy_family",
             "seed": 1,
             "data": {"source": "digits"},
-            "mesh": {"data": -1, "fsdp": 1},
+            "mesh": {"data": -1, "fsdp": 1, "smallest": 0},
             "model": {"hidden": 16, "dropout": 0.2, "nan_from": 2**31 - 1},
             "optim": {"name": "adam", "learning_rate": 3e-3, "schedule": "constant", "warmup_steps": 3},
             "train": {
