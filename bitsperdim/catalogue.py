@@ -10,6 +10,8 @@ import re
 import textwrap
 from collections.abc import Iterator
 
+from ml_collections import ConfigDict
+
 from bitsperdim import config_files, plan
 from bitsperdim.errors import InputError
 
@@ -27,8 +29,11 @@ def docstring(name: str) -> str:
 
 
 def section(text: str, key: str) -> str:
-    """What a docstring says behind `key:`, up to the next such key or an empty line, on one line; '' without."""
-    found = re.search(rf"^{key}: (.*?)(?=^\S[^:\n]*: |^\s*$|\Z)", text + "\n", re.MULTILINE | re.DOTALL)
+    """What a docstring says behind `key:`, up to the next such key or an empty line, on one line; '' without.
+
+    A key begins its line with a capital letter, and its colon comes before any full stop.
+    """
+    found = re.search(rf"^{key}: (.*?)(?=^[A-Z][^:.\n]*: |^\s*$|\Z)", text + "\n", re.MULTILINE | re.DOTALL)
     return " ".join(found[1].split()) if found else ""
 
 
@@ -38,10 +43,11 @@ def variants(text: str) -> dict[str, str]:
 
 
 def overview() -> Iterator[str]:
-    """All configs: what they are, what they are meant for and should reach, and the names of their variants."""
+    """All configs: what they are, their data, what they are meant for and should reach, the names of their variants."""
     for name in config_files.names():
         text = docstring(name)
         yield f"{name}: {text.partition(chr(10))[0]}"
+        yield from _wrapped("data", data_of(config_files.load(name)))
         for label, key in SUMMARY.items():
             # The first sentence says it; what is behind it is for who opens the file.
             said = re.split(r"(?<=[^.]\.) (?=[A-Z])", section(text, key))[0]
@@ -63,19 +69,28 @@ def describe(name: str, remark: str = "") -> Iterator[str]:
     """One variant: its remark, its data, and the parameters and steps of every stage that is trained."""
     values = config_files.load(name)
     yield from textwrap.wrap(f"{name}{f': {remark}' if remark else ''}", WIDTH, subsequent_indent="    ")
-    given = values.to_dict()["data"]
-    source = " ".join(given[key] for key in ("source", "name") if given.get(key))
+    yield from _wrapped("data", data_of(values))
     try:
         with plan.planned(values) as (run, mesh):
-            about = plan.facts_of(run.config.data)
-            yield from _wrapped("data", f"{source}, {' x '.join(map(str, about.shape))} of {about.levels} levels")
             for stage in run.stages():
                 if stage.model is not None:
                     record = plan.of_stage(run, stage, mesh, compiles=False)
                     said = f"{record['parameters']:,} parameters, {record['steps']:,} steps of {record['batch_size']:,}"
                     yield from _wrapped(stage.name, said)
     except InputError as error:  # of images that must be there to say what they are like
-        yield from _wrapped("data", f"{source}: {error}")
+        yield from _wrapped("parameters", f"not known: {error}")
+
+
+def data_of(values: ConfigDict) -> str:
+    """Source and name of a config's images, and what they are like where that can be told without them."""
+    given = values.to_dict()["data"]
+    source = " ".join(given[key] for key in ("source", "name") if given.get(key))
+    try:
+        with plan.planned(values) as (run, _):
+            about = plan.facts_of(run.config.data)
+    except InputError:
+        return source
+    return f"{source}, {' x '.join(map(str, about.shape))} of {about.levels} levels"
 
 
 def _wrapped(label: str, said: str) -> list[str]:

@@ -6,11 +6,11 @@ The 70,000 PNG files of FFHQ lie below `data.path`. A tenth is held out by the n
 are 7,000 images of an unseeded shuffle, and cannot be had again.
 Meant for: eight accelerators of 40 GB; the base is `:compact` (8 bits) with a bfloat16 trunk, levels from 128x128 up
 recomputed in the backward pass, and a Polyak average that warms up.
-Reach, published and not yet reproduced here, in bits/dim: c1 0.61, released_5bit 0.60, unbounded 0.53, bounded 0.60,
-vdvae 0.61, released_8bit 2.17; table7: 2.27, 2.21, 2.18, 2.17 by depth, unsmoothed 2.28, 2.20, 2.18, 2.18, 2.17. Those
-of 5 bits are of likelihoods whose mass is not one but 1.028 and, of narrow scales, up to 2 (see README); the variants
-named `_published_bins` have it, all others are normalised, and there a bound of -7 changes nothing. The paper samples
-at a temperature of 0.8.
+Reach: c1 0.61, released_5bit 0.60, unbounded 0.53, bounded 0.60, vdvae 0.61, released_8bit 2.17 bits/dim; table7 2.27,
+2.21, 2.18, 2.17 by depth, unsmoothed 2.28, 2.20, 2.18, 2.18, 2.17 (published; not yet reproduced here). Those of 5 bits
+are of likelihoods whose mass is not one but 1.028 and, of narrow scales, up to 2 (see README); the variants named
+`_published_bins` have it, all others are normalised, and there a bound of -7 changes nothing. The paper samples at a
+temperature of 0.8.
 What differs from the paper: the released 5-bit configs bound log-scales at -14; `unbounded` is the paper's (-250),
 `bounded` has the bound of VDVAE (-7). Runs of 5 bits are 900,000 updates there and 850,000 in Table 3. How the depths
 of Table 7 are spread over the levels the paper does not say, but for 66 and 69; `released_8bit` is the row of 69. The

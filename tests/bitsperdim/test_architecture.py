@@ -87,8 +87,15 @@ def test_no_random_numbers_without_a_key(path):
 
 
 @every_config
-def test_a_config_names_its_command(path):
-    assert f"python train.py --config=configs/{path.name}" in catalogue.docstring(str(path))
+def test_a_config_names_its_command_what_it_is_meant_for_and_what_it_should_reach(path):
+    text = catalogue.docstring(str(path))
+    assert f"python train.py --config=configs/{path.name}" in text
+    assert catalogue.section(text, "Meant for") and catalogue.section(text, "Reach")
+
+
+def test_a_section_of_a_docstring_ends_at_the_next_key_not_at_a_colon():
+    text = "Meant for: any size\n`of images`, by rows: `image_height=64`.\nReach: that depends.\n"
+    assert catalogue.section(text, "Meant for") == "any size `of images`, by rows: `image_height=64`."
 
 
 @every_config

@@ -273,7 +273,10 @@ def test_configs_are_listed_with_what_they_are_for_and_their_variants(call):
     heads = [line.partition(":")[0] for line in out.splitlines() if line[0] not in " -"]
     assert heads == config_files.names()
     photos = out.partition("vqvae2_photos: ")[2].partition("\nvqvae2_tiny")[0]
-    for said in ("crops of two photographs", "one CPU core", "MSE at most 5%", "tiny, pixels"):
+    for said in (
+        *("crops of two photographs", "photos, 32 x 32 x 3 of 256 levels", "one CPU core", "MSE at most 5%"),
+        "tiny, pixels",
+    ):
         assert said in photos
     assert max(map(len, out.splitlines())) < 140
 
