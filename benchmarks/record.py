@@ -72,12 +72,12 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 def read(path: str) -> list[dict[str, Any]]:
     """The cases in what a benchmark has printed; other lines are passed over. ValueError where there are none."""
-    cases = []
-    for line in pathlib.Path(path).read_text().splitlines():
-        if line.startswith("{"):
-            case = json.loads(line)
-            if {"benchmark", "case", "of", "figures"} <= case.keys():
-                cases.append(case)
+    try:
+        lines = [line for line in pathlib.Path(path).read_text().splitlines() if line.startswith("{")]
+        found = [json.loads(line) for line in lines]
+    except ValueError as error:  # no text, or a line that is cut off
+        raise ValueError(f"{path} is no file of JSON lines ({error})") from error
+    cases = [case for case in found if {"benchmark", "case", "of", "figures"} <= case.keys()]
     if not cases:
         raise ValueError(f"{path} has no line of a benchmark")
     return cases
