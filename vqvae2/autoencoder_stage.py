@@ -299,7 +299,10 @@ def _pictures(run: Run, config: Config) -> Pictures:
         rows = [originals]
         for last in range(1, len(config.levels)):
             rows.append(code.decode(params, extra, {level: codes[level] for level in config.levels[:last]}))
-        tiles = np.stack([*rows, reconstructions], 1)[:: NUM_PICTURES // NUM_BY_LEVEL].reshape(-1, *originals.shape[1:])
+        # The middle of each part of them: where crops of a picture lie in order, the first are of its edge.
+        count = len(originals)
+        chosen = (np.arange(0.5, min(NUM_BY_LEVEL, count)) * count / min(NUM_BY_LEVEL, count)).astype(np.int64)
+        tiles = np.stack([*rows, reconstructions], 1)[chosen].reshape(-1, *originals.shape[1:])
         grid = images.grid(tiles, columns=len(rows) + 1, levels=levels)
         headings = ["image", "top alone", *(f"to {level}" for level in config.levels[1:-1]), "all codes"]
         return drawn | {"reconstructions_by_level": images.labelled(grid, columns=headings)}
