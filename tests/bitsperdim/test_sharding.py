@@ -167,7 +167,7 @@ def test_a_dimension_that_the_axis_does_not_divide_stays_whole(sub_mesh):
 def test_a_small_parameter_stays_whole(sub_mesh):
     at = functools.partial(placed, config=MeshConfig(fsdp=4), mesh=sub_mesh(2, 4))
     assert at((3, 3, 64, 32)) == P(None, None, None, "fsdp") and at((3, 3, 64, 28)) == P(None, None, None, None)
-    # Over `model` too, where the rule is about how a layer is computed.
+    # But not over `model`, whose rules say how a layer is computed.
     assert placed((8, 8), MeshConfig(fsdp=2, model=2), sub_mesh(2, 2, 2)) == P(None, "model")
 
 
