@@ -37,9 +37,9 @@ RECORD = Record("data")
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--name", default="cifar10")
-    parser.add_argument("--data_dir", default="")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--name", default="cifar10", help="TFDS data set")
+    parser.add_argument("--data_dir", default="", help="of TFDS; default: its usual folder")
+    parser.add_argument("--split", default="test", help="of the data set")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = pathlib.Path(temporary)

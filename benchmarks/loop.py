@@ -42,9 +42,9 @@ RECORD = Record("loop")
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--name", default="cifar10")
-    parser.add_argument("--data_dir", default="")
-    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--name", default="cifar10", help="TFDS data set")
+    parser.add_argument("--data_dir", default="", help="of TFDS; default: its usual folder")
+    parser.add_argument("--batch_size", type=int, default=128, help="images in a step")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = data.DataConfig("tfds", name=arguments.name, data_dir=arguments.data_dir, cache_dir=folder)

@@ -24,7 +24,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     untrained.add_flags(parser, "vdvae_cifar10:c1")
-    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=1, help="to compile for")
     parser.add_argument("--slope", action="store_true", help="also at twice the batch")
     arguments, record = parser.parse_args(), Record("memory")
     try:

@@ -30,9 +30,9 @@ CASES = {
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", default="arm_digits")
+    parser.add_argument("--config", default="arm_digits", help="name of a config, with a variant")
     parser.add_argument("--steps", type=int, default=0, help="of training; default: those of the config")
-    parser.add_argument("--data_dir", default="")
+    parser.add_argument("--data_dir", default="", help="of TFDS; default: its usual folder")
     parser.add_argument("--num", type=int, default=128, help="samples")
     arguments, record = parser.parse_args(), Record("modules")
     for case, (inputs, posterior) in CASES.items():

@@ -29,12 +29,12 @@ ALL_BELOW = 12  # sides of grids that whole passes draw to the end
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=20)
-    parser.add_argument("--sides", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--reading", choices=READINGS, default="quadrant")
-    parser.add_argument("--attention_every", type=int, default=0)
+    parser.add_argument("--hidden", type=int, default=128, help="hidden units")
+    parser.add_argument("--layers", type=int, default=20, help="of the prior")
+    parser.add_argument("--sides", type=int, nargs="+", default=[8, 16, 32, 64], help="edges of the grids of codes")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="grids drawn at once")
+    parser.add_argument("--reading", choices=READINGS, default="quadrant", help="of the paper's 5x5 kernels")
+    parser.add_argument("--attention_every", type=int, default=0, help="so many layers; 0: none")
     arguments, record = parser.parse_args(), Record("priors")
     reading, every, hidden = arguments.reading, arguments.attention_every, arguments.hidden
     network = PixelSnail(NUM_CODES, 64, hidden, 4 * hidden, arguments.layers, 5 if reading == "causal" else 3, reading)

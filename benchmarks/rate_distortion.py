@@ -31,7 +31,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", help="folders with an evaluation.json")
-    parser.add_argument("--out", default="rate_distortion.png")
+    parser.add_argument("--out", default="rate_distortion.png", help="the picture")
     arguments, record = parser.parse_args(), Record("rate_distortion")
     try:
         cases = sorted(map(case, arguments.runs), key=lambda figures: figures["bits_uniform"])

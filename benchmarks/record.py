@@ -56,11 +56,16 @@ def machine() -> dict[str, Any]:
 
 
 def aligned(cases: Sequence[Mapping[str, Any]]) -> str:
-    """A table for the console: a column for whatever any case has, lists and tables left out."""
-    flat = [{"case": case["case"]} | case["of"] | case["figures"] for case in cases]
+    """For the console: like cases in a table, with a column for whatever any of them has, lists and tables left out."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for case in cases:
+        tables.setdefault(case["case"], []).append({"case": case["case"]} | case["of"] | case["figures"])
     plain = lambda value: not isinstance(value, list | tuple | Mapping)
-    names = list(dict.fromkeys(name for row in flat for name, value in row.items() if plain(value)))
-    return metrics.table([[row.get(name) for name in names] for row in flat], names)
+    shown = []
+    for rows in tables.values():
+        names = list(dict.fromkeys(name for row in rows for name, value in row.items() if plain(value)))
+        shown.append(metrics.table([[row.get(name) for name in names] for row in rows], names))
+    return "\n\n".join(shown)
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:

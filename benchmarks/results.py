@@ -127,7 +127,8 @@ def report(workdirs: Sequence[str]) -> Iterator[str]:
     yield "```"
     yield ""
     yield "Folders in `published/` lie in this repository with their weights: `evaluate.py --workdir=FOLDER` measures"
-    yield "the same figures again, `bitsperdim.load(FOLDER)` opens them."
+    yield "the same figures again, `bitsperdim.load(FOLDER)` opens them. Where images of TFDS are not in its usual folder,"
+    yield "both scripts want `--config.data.data_dir=FOLDER`."
     yield ""
     heads = ("run", "images", "measured here", "published", "the run has")
     yield from record.markdown(heads, [summary(run, measured[workdir]) for workdir, run in runs])
@@ -244,7 +245,11 @@ def _duration(run: Run) -> str:
         if stage.settings and speeds:
             middle = sorted(r["images_per_second"] for r in speeds)[len(speeds) // 2]
             seconds += stage.settings.steps * stage.settings.batch_size / middle
-    return f", where all steps took {seconds / 60:,.0f} minutes of the clock" if seconds >= 30 else ""
+    return (
+        f", where all steps took {seconds / 60:,.0f} minutes of the clock beside whatever else ran there"
+        if seconds >= 30
+        else ""
+    )
 
 
 def references(name: str, results: Sequence[Row]) -> list[Reference]:

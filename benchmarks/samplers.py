@@ -30,8 +30,8 @@ def main() -> None:
     untrained.add_flags(parser, "flows_cifar10")
     parser.add_argument("--workdir", default="", help="a trained or published run instead of --config")
     parser.add_argument("--samplers", nargs="+", default=[""], help="of an autoregressive model")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images drawn at once")
+    parser.add_argument("--repeats", type=int, default=3, help="of each time")
     arguments, record = parser.parse_args(), Record("samplers")
     try:
         if arguments.workdir:

@@ -33,10 +33,10 @@ ALONE = 5  # steps before each save
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--stage", required=True)
+    parser.add_argument("--config", required=True, help="name of a config, with a variant")
+    parser.add_argument("--stage", required=True, help="whose state is saved")
     parser.add_argument("--folder", help="where the checkpoints go; default: the system's for temporary files")
-    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, default=1, help="of the steps beside it")
     parser.add_argument("--saves", type=int, default=0, help="during training")
     arguments, record = parser.parse_args(), Record("saving")
     say = functools.partial(said, record, {"config": arguments.config, "stage": arguments.stage})

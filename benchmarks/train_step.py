@@ -36,8 +36,10 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     untrained.add_flags(parser, "vdvae_cifar10:c1")
-    parser.add_argument("--what", nargs="+", choices=("step", "forward"), default=("step", "forward"))
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--what", nargs="+", choices=("step", "forward"), default=("step", "forward"), help="is measured"
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="of which the middle one counts")
     arguments, record = parser.parse_args(), Record("train_step")
     try:
         for of, run, stage, mesh in untrained.stages(arguments):

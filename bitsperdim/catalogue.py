@@ -1,7 +1,8 @@
 """What configs there are, as their docstrings say it: `train.py --list`, and `--list=NAME` for the variants of one.
 
-A config's docstring begins with one line that says what it is; further down stand `Meant for:` (hardware), `Reach:`
-(the figure to expect) and `Variants:` (names with remarks in brackets), each of which may run on over several lines.
+A config's docstring begins with one line that says what it is; further down stand `Meant for:` (hardware),
+`Parameters:` (of each stage, without a variant), `Reach:` (the figure to expect) and `Variants:` (names with remarks in
+brackets), each of which may run on over several lines.
 Not here: how a config is found and loaded (`config_files.py`); what its step takes (`plan.py`).
 """
 
@@ -16,7 +17,7 @@ from bitsperdim import config_files, plan
 from bitsperdim.errors import InputError
 
 WIDTH = 120
-SUMMARY = {"for": "Meant for", "reach": "Reach"}
+SUMMARY = {"for": "Meant for", "parameters": "Parameters", "reach": "Reach"}
 
 
 def docstring(name: str) -> str:
@@ -43,7 +44,7 @@ def variants(text: str) -> dict[str, str]:
 
 
 def overview() -> Iterator[str]:
-    """All configs: what they are, their data, what they are meant for and should reach, the names of their variants."""
+    """All configs: what they are, their data, hardware, parameters and target, the names of their variants."""
     for name in config_files.names():
         text = docstring(name)
         yield f"{name}: {text.partition(chr(10))[0]}"

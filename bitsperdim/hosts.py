@@ -105,6 +105,8 @@ def _look_for_first(how: str, address: dict[str, Any]) -> None:
 def _address(how: str) -> dict[str, Any]:
     """Arguments of `jax.distributed.initialize`."""
     if how == "tpu":
+        if "SLURM_JOB_ID" in os.environ:  # which JAX would join
+            raise InputError("--multihost=tpu inside a SLURM job; --multihost=slurm starts its processes")
         return {}
     if how == "slurm":
         if lacking := [name for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID") if name not in os.environ]:

@@ -2,8 +2,9 @@
 
     python train.py --config=configs/arm_folder.py --config.data.path=$HOME/pictures --workdir=runs/mine
 
-Meant for: one GPU with 16 GB at 32x32 (12.4 M parameters); `:cpu` for two CPU cores. A step takes as many times longer
+Meant for: one GPU with 16 GB at 32x32; `:cpu` for two CPU cores. A step takes as many times longer
 as there are more pixels, sampling more than that. Grey images: `--config.data.channels=1`.
+Parameters: 12.4 M.
 Reach: that depends on the images. Compare the training with the held-out `bits_per_dim`: the best step is kept.
 Variants: 8bit (256 levels), cpu (a small network), tiny (8x8, seconds; for tests).
 """

@@ -3,6 +3,7 @@
     python train.py --config=configs/arm_svhn.py --config.data.data_dir=$HOME/tensorflow_datasets
 
 Meant for: one GPU or TPU core, as `arm_cifar10`.
+Parameters: 56.9 M.
 Reach: the supplement gives settings, no likelihood.
 Variants: tiny (seconds; for tests).
 """

@@ -3,6 +3,7 @@
     python train.py --config=configs/flows_folder.py --config.data.path=$HOME/pictures --workdir=runs/mine
 
 Meant for: one GPU with 16 GB at 64x64; for other sizes `--config.data.image_size=128`.
+Parameters: 60.3 M.
 Reach: that depends on the images; 5 bits (`--config.data.bits=5`) look better early.
 Variants: uniform, cpu (32x32, a small network for two CPU cores), tiny (8x8, seconds; for tests).
 """

@@ -2,7 +2,8 @@
 
     python train.py --config=configs/flows_lsun128.py --config.data.data_dir=$HOME/tensorflow_datasets
 
-Meant for: 8 accelerators with 32 GB (166.6 M parameters, batch 160 in 4 parts, rematerialised).
+Meant for: 8 accelerators with 32 GB (batch 160 in 4 parts, rematerialised).
+Parameters: 167 M.
 Reach: no figure; the published one for these images could not be verified.
 Variants: variational, glow, church, church_variational, tower, tower_variational, tiny (seconds, on noise; for tests).
 """

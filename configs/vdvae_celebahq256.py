@@ -5,6 +5,7 @@
 The last tenth of the 30,000 images is held out; the published 3,000 are of an unseeded shuffle and cannot be had again.
 Meant for: eight accelerators of 40 GB; the base is `:compact` (8 bits) with a bfloat16 trunk, levels from 128x128 up
 recomputed in the backward pass, and a Polyak average that warms up.
+Parameters: 71.2 M.
 Reach: unbounded 0.51, bounded 0.57, released_8bit 1.35 bits/dim (published; not yet reproduced here). Those of 5 bits
 are of likelihoods whose mass is not one but 1.028 and, of narrow scales, up to 2 (see README); the variants named
 `_published_bins` have it, all others are normalised, and there a bound of -7 changes nothing. The paper samples at a

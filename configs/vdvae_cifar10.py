@@ -4,6 +4,7 @@
 
 Meant for: one GPU; `:released` two of them; `:cpu` and its variants (5 bits, Table 2a) for two CPU cores. The base is
 `:c1` with a bfloat16 trunk and a Polyak average that warms up, the whole test set, and the rest as published.
+Parameters: 18.1 M.
 Reach: c1 2.91, released 2.87, vdvae 2.87 bits/dim (published; not yet reproduced here). Published figures of
 Efficient-VDVAE are of one half of the test set, that of VDVAE of all of it. The paper shows no samples: temperature 1.
 What differs from the paper: `released` is the released `cifar10_baseline`, 56.6 M parameters, where Table 3 says 51 M

@@ -3,6 +3,7 @@
     python train.py --config=configs/vqvae2_cifar10.py --config.data.data_dir=$HOME/tensorflow_datasets
 
 Meant for: one GPU or TPU core; `:cpu` for two CPU cores, a quarter of an hour (21 CPU-minutes).
+Parameters: autoencoder 1.72 M, top 58.9 M, bottom 133 M.
 Reach: there is no published figure for this data set; what `:cpu` reached is in MEASURED.md.
 Variants: cpu, tiny (seconds; for tests).
 """

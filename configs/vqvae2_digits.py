@@ -4,6 +4,7 @@
     python sample.py --workdir=runs/vqvae2_digits-base --num=40
 
 Meant for: one CPU core; the smallest run with classes.
+Parameters: autoencoder 0.12 M, top 0.14 M, bottom 0.32 M.
 Reach: there is no published figure for this data set (17 levels).
 Variants: pixels (one stage more, a PixelCNN decoder, which bounds the likelihood of the image), tiny (seconds; for
     tests).

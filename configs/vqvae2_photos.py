@@ -3,6 +3,7 @@
     python train.py --config=configs/vqvae2_photos.py
 
 Meant for: one CPU core, about four and a half minutes; the first thing to run.
+Parameters: autoencoder 0.43 M, top 0.53 M, bottom 0.76 M.
 Reach: on the 1,400 held-out crops, MSE at most 5% of their variance, with every level in use: at most 12% from the top
 codes alone, and at least twice the error without them (`mse_without_bottom`, `mse_without_top`).
 Variants: tiny (seconds; for tests), pixels (one stage more, a PixelCNN decoder, which bounds the likelihood of the

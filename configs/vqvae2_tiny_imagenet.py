@@ -4,6 +4,7 @@
 
 Meant for: one GPU or TPU core; `:cpu` for two CPU cores. The TFDS folder `tiny_imagenet/1.0.0` has to be prepared by
 hand, since TFDS has no builder for it: features `image` and `label`, splits `train` and `validation`.
+Parameters: autoencoder 1.72 M, top 59.7 M, bottom 135 M.
 Reach: there is no published figure for this data set.
 Variants: cpu, tiny (seconds; for tests).
 """

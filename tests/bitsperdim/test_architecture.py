@@ -3,12 +3,14 @@
 import ast
 import importlib.util
 import pathlib
+import re
 import tomllib
 
 import pytest
 
-from bitsperdim import catalogue, config_files
+from bitsperdim import catalogue, config_files, plan
 from bitsperdim import run as run_lib
+from bitsperdim.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -90,7 +92,20 @@ def test_no_random_numbers_without_a_key(path):
 def test_a_config_names_its_command_what_it_is_meant_for_and_what_it_should_reach(path):
     text = catalogue.docstring(str(path))
     assert f"python train.py --config=configs/{path.name}" in text
-    assert catalogue.section(text, "Meant for") and catalogue.section(text, "Reach")
+    assert all(catalogue.section(text, key) for key in catalogue.SUMMARY.values())
+
+
+@pytest.mark.slow
+@every_config
+def test_a_config_has_as_many_parameters_as_it_says(path):
+    said = re.findall(r"([\d.]+) M", catalogue.section(catalogue.docstring(str(path)), "Parameters"))
+    try:
+        with plan.planned(config_files.load(str(path))) as (run, mesh):
+            stages = [stage for stage in run.stages() if stage.model is not None]
+            counts = [plan.of_stage(run, stage, mesh, compiles=False)["parameters"] for stage in stages]
+    except InputError as error:
+        pytest.skip(f"the images must be there to count: {error}")
+    assert said == [f"{count / 1e6:.{len(text.partition('.')[2])}f}" for count, text in zip(counts, said, strict=True)]
 
 
 def test_a_section_of_a_docstring_ends_at_the_next_key_not_at_a_colon():

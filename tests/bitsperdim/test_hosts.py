@@ -147,6 +147,13 @@ def test_a_start_that_cannot_be_meant_is_refused_by_name(monkeypatch, how, messa
         hosts._address(how)
 
 
+def test_a_start_of_tpu_workers_inside_a_slurm_job_is_refused(monkeypatch):
+    """JAX would join the processes of the job."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(InputError, match="--multihost=slurm starts its processes"):
+        hosts._address("tpu")
+
+
 def test_what_was_asked_for_explicitly_is_not_looked_for_in_the_environment():
     assert hosts._address("[::1]:1234,16,3") == {
         "coordinator_address": "[::1]:1234",
