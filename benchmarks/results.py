@@ -128,7 +128,7 @@ def report(workdirs: Sequence[str]) -> Iterator[str]:
     yield ""
     yield "Folders in `published/` lie in this repository with their weights: `evaluate.py --workdir=FOLDER` measures"
     yield "the same figures again, `bitsperdim.load(FOLDER)` opens them. Where images of TFDS are not in its usual folder,"
-    yield "both scripts want `--config.data.data_dir=FOLDER`."
+    yield "the scripts want `--config.data.data_dir=FOLDER`."
     yield ""
     heads = ("run", "images", "measured here", "published", "the run has")
     yield from record.markdown(heads, [summary(run, measured[workdir]) for workdir, run in runs])
