@@ -46,7 +46,8 @@ def of_run(run: Run) -> Facts:
     if path.exists():
         kinds = {"shape": [int, int, int], "levels": int, "num_classes": int, "variance": int | float}
         values = run_lib.read_json(path, kinds)
-        return Facts(**{name: values[name] for name in kinds} | {"shape": tuple(values["shape"])})
+        height, width, channels = values["shape"]
+        return Facts((height, width, channels), values["levels"], values["num_classes"], values["variance"])
     return measure(data.open_source(run.config.data, "train"), run.config.autoencoder.model.strides)
 
 
