@@ -62,4 +62,5 @@ def test_own_pictures_are_trained_on_evaluated_and_sampled(family, pictures, tmp
     assert samples.dtype == np.uint8 and samples.shape[0] == 4 and samples.shape[-1] == 3
     assert samples.max() < levels
     for name in ("samples", "nearest"):
-        assert min(PIL.Image.open(run / f"{name}.png").size) > 8
+        with PIL.Image.open(run / f"{name}.png") as picture:
+            assert min(picture.size) > 8
