@@ -15,6 +15,7 @@ import pathlib
 import sys
 
 from bitsperdim import scripts
+from bitsperdim.errors import RunError
 
 HELPERS = ("__init__", "__main__", "record", "untrained")
 FOLDER = pathlib.Path(__file__).parent
@@ -47,7 +48,11 @@ def main(argv: list[str]) -> int:
         return 2
     scripts.keep_freed_memory()  # as the scripts do, before JAX has threads
     sys.argv = [f"python -m benchmarks {name}", *argv[1:]]
-    importlib.import_module(f"benchmarks.{name}").main()
+    try:
+        importlib.import_module(f"benchmarks.{name}").main()
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 

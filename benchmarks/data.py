@@ -191,7 +191,3 @@ def resident_mib() -> float:
 def say(case: str, **figures) -> None:
     of = {name: figures.pop(name) for name in ABOUT if name in figures}
     RECORD.say(case, of, **figures)
-
-
-if __name__ == "__main__":
-    main()

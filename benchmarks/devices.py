@@ -123,7 +123,3 @@ def table(records: list[dict]) -> list[str]:
             row.append(f"{least:.1%} to {most:.1%}" if one and record["count"] > 1 else "")
         rows.append(row)
     return record_lib.markdown([*columns, *LINKS], rows)
-
-
-if __name__ == "__main__":
-    main()

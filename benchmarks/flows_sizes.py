@@ -111,7 +111,3 @@ def _step(channels: int, hidden: int, affine: bool) -> int:
 def _convolution(taps: int, inputs: int, outputs: int) -> int:
     """Kernel, gain and bias."""
     return outputs * (taps * inputs + 2)
-
-
-if __name__ == "__main__":
-    main()

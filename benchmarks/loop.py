@@ -142,7 +142,3 @@ def _stage(source: data.Source, batch_size: int, steps: int) -> Stage:
 def say(case: str, **figures: float) -> None:
     of = {"batch_size": figures.pop("batch_size")} if "batch_size" in figures else {}
     RECORD.say(case, of, **figures)
-
-
-if __name__ == "__main__":
-    main()

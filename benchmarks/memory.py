@@ -13,9 +13,8 @@ beside state and batch. Of all configs: `sizes` and `vdvae_sizes`. What fits whi
 import argparse
 
 from benchmarks import untrained
-from benchmarks.record import Record, end_with
+from benchmarks.record import Record
 from bitsperdim import plan, sharding
-from bitsperdim.errors import RunError
 
 MIB = 2**20
 
@@ -27,13 +26,10 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1, help="to compile for")
     parser.add_argument("--slope", action="store_true", help="also at twice the batch")
     arguments, record = parser.parse_args(), Record("memory")
-    try:
-        plan.use_devices(arguments.devices)
-        for about, config in untrained.cases(arguments):
-            with sharding.made_for("gpu"):
-                measure(record, about | {"devices": arguments.devices}, config, arguments)
-    except RunError as error:
-        end_with(error)
+    plan.use_devices(arguments.devices)
+    for about, config in untrained.cases(arguments):
+        with sharding.made_for("gpu"):
+            measure(record, about | {"devices": arguments.devices}, config, arguments)
     record.end()
 
 
@@ -55,7 +51,3 @@ def measure(record: Record, about: dict, config, arguments: argparse.Namespace) 
                 twice = plan.of_stage(run, run.stage(name), mesh)["bytes"]["temporary"]
             figures["mib_an_image"] = (twice - temporary) / size / MIB
         record.say("step", about | {"stage": name, "batch": size}, **figures)
-
-
-if __name__ == "__main__":
-    main()

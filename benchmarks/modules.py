@@ -59,7 +59,3 @@ def measure(run, count: int) -> dict[str, float]:
         figures[f"calls_percent_{name}"] = round(float(percent.mean()), 2)
         figures[f"standard_error_{name}"] = round(float(percent.std(ddof=1) / np.sqrt(count)), 2)
     return figures
-
-
-if __name__ == "__main__":
-    main()

@@ -104,7 +104,3 @@ def timed(function, params) -> tuple[np.ndarray, float]:
         jax.block_until_ready(function(params))
         seconds.append(clock() - start)
     return np.asarray(result), sorted(seconds)[1]
-
-
-if __name__ == "__main__":
-    main()

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from benchmarks.record import Record, end_with
+from benchmarks.record import Record
 from bitsperdim import images, metrics, plots
 from bitsperdim import run as run_lib
-from bitsperdim.errors import InputError, RunError
+from bitsperdim.errors import InputError
 from vqvae2 import facts
 from vqvae2.autoencoder import level_names
 
@@ -33,11 +33,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="folders with an evaluation.json")
     parser.add_argument("--out", default="rate_distortion.png", help="the picture")
     arguments, record = parser.parse_args(), Record("rate_distortion")
-    try:
-        cases = sorted(map(case, arguments.runs), key=lambda figures: figures["bits_uniform"])
-        check_comparable(cases)
-    except RunError as error:
-        end_with(error)
+    cases = sorted(map(case, arguments.runs), key=lambda figures: figures["bits_uniform"])
+    check_comparable(cases)
     for figures in cases:
         of = {name: figures[name] for name in ("run", "split", "images", "data", "num_codes", "rate_of")}
         record.say("run", of, **{name: value for name, value in figures.items() if name not in of})
@@ -108,7 +105,3 @@ def picture(cases: list[dict[str, Any]]) -> UInt8[np.ndarray, "h w 3"]:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
     return plots.render(canvas)
-
-
-if __name__ == "__main__":
-    main()

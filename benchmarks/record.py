@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bitsperdim import config, metrics
-from bitsperdim.errors import RunError
 
 
 class Record:
@@ -123,9 +122,3 @@ def show_comparison(one: str, other: str) -> int:
     if machines[0] != machines[1]:
         print(f"\nnote: measured on different machines or versions\n  {one}: {machines[0]}\n  {other}: {machines[1]}")
     return 0
-
-
-def end_with(error: RunError) -> None:
-    """One line, and the exit code of the scripts."""
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(error.exit_code)

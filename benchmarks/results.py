@@ -22,7 +22,7 @@ from bitsperdim import catalogue, config_files, evaluation, metrics, plan, shard
 from bitsperdim import config as config_lib
 from bitsperdim import run as run_lib
 from bitsperdim import state as state_lib
-from bitsperdim.errors import InputError, RunError
+from bitsperdim.errors import InputError
 from bitsperdim.model import Stage
 from bitsperdim.run import Run
 
@@ -106,11 +106,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", help="folders of evaluated runs, or of published ones")
     arguments = parser.parse_args()
-    try:
-        for line in report(arguments.runs):
-            print(line)
-    except RunError as error:
-        record.end_with(error)
+    for line in report(arguments.runs):
+        print(line)
 
 
 def report(workdirs: Sequence[str]) -> Iterator[str]:
@@ -127,8 +124,8 @@ def report(workdirs: Sequence[str]) -> Iterator[str]:
     yield "```"
     yield ""
     yield "Folders in `published/` lie in this repository with their weights: `evaluate.py --workdir=FOLDER` measures"
-    yield "the same figures again, `bitsperdim.load(FOLDER)` opens them. Where images of TFDS are not in its usual folder,"
-    yield "the scripts want `--config.data.data_dir=FOLDER`."
+    yield "the same figures again, `bitsperdim.load(FOLDER)` opens them. Where images of TFDS are not in its usual"
+    yield "folder, the scripts want `--config.data.data_dir=FOLDER`."
     yield ""
     heads = ("run", "images", "measured here", "published", "the run has")
     yield from record.markdown(heads, [summary(run, measured[workdir]) for workdir, run in runs])
@@ -351,7 +348,3 @@ def _counts(key: str) -> bool:
 def _flag(value: Any) -> str:
     text = repr(tuple(value)) if isinstance(value, list) else str(value)
     return f"'{text}'" if re.search(r"[^\w.:/+-]", text) else text
-
-
-if __name__ == "__main__":
-    main()

@@ -17,10 +17,10 @@ import inspect
 import jax
 
 from benchmarks import untrained
-from benchmarks.record import Record, end_with
+from benchmarks.record import Record
 from bitsperdim import run as run_lib
 from bitsperdim import sharding
-from bitsperdim.errors import InputError, RunError
+from bitsperdim.errors import InputError
 from bitsperdim.run import Run
 
 
@@ -33,15 +33,12 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images drawn at once")
     parser.add_argument("--repeats", type=int, default=3, help="of each time")
     arguments, record = parser.parse_args(), Record("samplers")
-    try:
-        if arguments.workdir:
-            run = run_lib.open_run(arguments.workdir)
-            measure(record, {"run": run.workdir.name}, run, arguments)
-        for about, config in untrained.cases(arguments) if not arguments.workdir else ():
-            with untrained.initial(config) as run:
-                measure(record, about, run, arguments)
-    except RunError as error:
-        end_with(error)
+    if arguments.workdir:
+        run = run_lib.open_run(arguments.workdir)
+        measure(record, {"run": run.workdir.name}, run, arguments)
+    for about, config in untrained.cases(arguments) if not arguments.workdir else ():
+        with untrained.initial(config) as run:
+            measure(record, about, run, arguments)
     record.end()
 
 
@@ -59,7 +56,3 @@ def measure(record: Record, about: dict, run: Run, arguments: argparse.Namespace
             times = untrained.timed(draw, arguments.repeats)
             of = about | {"sampler": sampler or "default", "batch": size}
             record.say("draw", of, **times, seconds_per_image=times["seconds"] / size)
-
-
-if __name__ == "__main__":
-    main()

@@ -114,7 +114,3 @@ def lost(alone: list[float], beside: list[float]) -> float:
 def said(record: Record, of: dict[str, str], case: str, **figures: float) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     record.say(case, of, **figures, peak_gib=peak)
-
-
-if __name__ == "__main__":
-    main()

@@ -121,7 +121,3 @@ def figures(record: dict) -> dict:
         "tflop": round(record["flops"] / 1e12, 3),
         "compile_seconds": record["compile_seconds"],
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -23,11 +23,10 @@ import jax
 from jax.sharding import Mesh
 
 from benchmarks import untrained
-from benchmarks.record import Record, end_with
+from benchmarks.record import Record
 from bitsperdim import optim, program, trained
 from bitsperdim import state as state_lib
 from bitsperdim import step as step_lib
-from bitsperdim.errors import RunError
 from bitsperdim.model import Stage
 from bitsperdim.run import Run
 
@@ -41,12 +40,9 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=7, help="of which the middle one counts")
     arguments, record = parser.parse_args(), Record("train_step")
-    try:
-        for of, run, stage, mesh in untrained.stages(arguments):
-            for what in arguments.what:
-                record.say(what, of, **measure(run, stage, mesh, what, arguments.repeats))
-    except RunError as error:
-        end_with(error)
+    for of, run, stage, mesh in untrained.stages(arguments):
+        for what in arguments.what:
+            record.say(what, of, **measure(run, stage, mesh, what, arguments.repeats))
     record.end()
 
 
@@ -83,7 +79,3 @@ def measure(run: Run, stage: Stage, mesh: Mesh, what: str, repeats: int) -> dict
         "gflop": program.flops(traced.jaxpr.jaxpr) / count / 1e9,
         "temporary_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
     }
-
-
-if __name__ == "__main__":
-    main()

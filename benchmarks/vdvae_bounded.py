@@ -19,10 +19,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 import bitsperdim
-from benchmarks.record import Record, end_with
+from benchmarks.record import Record
 from bitsperdim import data, facts, figures, images, likelihood, metrics, plots
 from bitsperdim import run as run_lib
-from bitsperdim.errors import InputError, RunError
+from bitsperdim.errors import InputError
 from bitsperdim.run import Run
 from bitsperdim.sources import Source
 from vdvae import vae
@@ -44,19 +44,16 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=6, help="images in the picture")
     parser.add_argument("--out", default=".", help="folder of both pictures")
     arguments, record = parser.parse_args(), Record("vdvae_bounded")
-    try:
-        runs = {"unbounded": run_lib.open_run(arguments.unbounded), "bounded": run_lib.open_run(arguments.bounded)}
-        if arguments.eight_bits:
-            runs["8 bits"] = run_lib.open_run(arguments.eight_bits)
-        source = same_images(runs)
-        records = {name: evaluations(run) for name, run in runs.items()}
-        folder = pathlib.Path(arguments.out)
-        for name, run in runs.items():
-            record.say("run", {"run": run.workdir.name, "scales": name}, **records[name][-1])
-        images.save_png(folder / "curves.png", curves({name: records[name] for name in ("unbounded", "bounded")}))
-        images.save_png(folder / "images.png", picture(runs, source, arguments.num))
-    except RunError as error:
-        end_with(error)
+    runs = {"unbounded": run_lib.open_run(arguments.unbounded), "bounded": run_lib.open_run(arguments.bounded)}
+    if arguments.eight_bits:
+        runs["8 bits"] = run_lib.open_run(arguments.eight_bits)
+    source = same_images(runs)
+    records = {name: evaluations(run) for name, run in runs.items()}
+    folder = pathlib.Path(arguments.out)
+    for name, run in runs.items():
+        record.say("run", {"run": run.workdir.name, "scales": name}, **records[name][-1])
+    images.save_png(folder / "curves.png", curves({name: records[name] for name in ("unbounded", "bounded")}))
+    images.save_png(folder / "images.png", picture(runs, source, arguments.num))
     record.end()
     print(f"written to {folder / 'curves.png'} and {folder / 'images.png'}")
 
@@ -132,7 +129,3 @@ def picture(runs: dict[str, Run], source: Source, n: int) -> UInt8[np.ndarray, "
         columns[name] = found
     columns.setdefault(f"target, {source.levels} levels", spread(source.levels, originals))
     return figures.side_by_side(list(columns.values()), list(columns), levels=256)
-
-
-if __name__ == "__main__":
-    main()

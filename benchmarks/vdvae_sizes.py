@@ -146,7 +146,3 @@ def figures(record: dict) -> dict:
         "compile_seconds": record["compile_seconds"],
         "program_kb": record["program_kb"],
     }
-
-
-if __name__ == "__main__":
-    main()
