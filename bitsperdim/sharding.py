@@ -48,7 +48,7 @@ class MeshConfig:
 
     A rule is (regex, axes): the first regex found in a parameter's path decides, and `axes` names a mesh axis, or ''
     for none, for each of the *last* dimensions. A dimension that the axis does not divide stays whole, and so, for
-    `rules`, does a parameter of fewer than `smallest` values: to gather it takes longer than to send what it has.
+    `rules`, does a parameter of fewer than `smallest` values: each gathering has a price, whatever its size.
 
     The batch lies over `data` and `fsdp`. What `rules` shard is gathered before it is used; what `model_rules` shard
     over `model` is used as it lies, each device computing its part of a layer's outputs, which are then sent around:
