@@ -96,6 +96,17 @@ def test_more_samples_give_a_tighter_bound(loaded, held_out):
     np.testing.assert_allclose(loaded.log_prob(held_out)[:4], loaded.log_prob(held_out[:4]), rtol=1e-5)
 
 
+@pytest.mark.parametrize("samples", [1, 7])
+def test_samples_of_equal_weight_give_the_bound_of_one(samples, run, held_out, monkeypatch):
+    """-log (1 / K sum_k w) = -log w, in full: log K is a small part of the nats of an image."""
+    model, keys = vae.make(run.config.model, DIGITS), jax.random.split(jax.random.key(0), len(held_out))
+    raw = jnp.zeros((*held_out.shape[:3], model.output.numbers))
+    monkeypatch.setattr(vae, "infer", lambda *given: (raw, [jnp.full(len(raw), 2.5), jnp.full(len(raw), -1.0)]))
+    found = coding.importance_weighted(model, {}, held_out, keys, samples)
+    expected = model.output.nats(raw, vae.target(model, held_out)) + 2.5 - 1.0
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_latents_go_and_come_back(loaded, held_out):
     latents = loaded.encode(held_out)
     assert [z.shape for z in latents] == [(9, 1, 1, 2), (9, 8, 8, 2), (9, 8, 8, 2)]
