@@ -56,13 +56,12 @@ def completed(
     known: Sequence[Float[Array, "..."]],
     keys: Key[Array, " b"],
     temperatures: Sequence[Array | float],
-    output: Array | float,
 ) -> UInt8[Array, "b h w c"]:
-    """As `sampled`, but where `known`, of every layer, is 1 the latents are the given ones; it broadcasts to them."""
+    """As `decoded`, but where `known`, of every layer, is 0 latents are drawn from the prior; it broadcasts to them."""
     free = network.prior_sources(for_purpose(keys, "latents"), temperatures)
     given = zip(free, latents, known, strict=True)
     raw, _ = vae.generate(model, params, [source._replace(given=z, mask=mask) for source, z, mask in given])
-    return model.output.draw(raw, for_purpose(keys, "image"), output)
+    return model.output.likeliest(raw)
 
 
 def reconstructed(model: Vae, params: Params, image: UInt8[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Key, PyTree, UInt8
 
-from bitsperdim import data, extracted, facts, hosts, likelihood, seen, sharding, trainer
+from bitsperdim import data, extracted, facts, hosts, likelihood, rng, seen, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim.run import Run
 from vdvae import coding, levels, network, vae
@@ -127,8 +127,7 @@ def _means(run: Run, mesh: Mesh, params: PyTree, source: data.Source) -> list[np
     model, key = vae.make(run.config.model, facts.of_run(run)), jax.random.key(run.seed("kl_by_channel"))
 
     def sums(params: PyTree, batch: dict[str, Array]) -> list[Array]:
-        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["position"])
-        noise = network.posterior_sources(keys, model.num_layers)
+        noise = network.posterior_sources(rng.per_example(key, batch["position"]), model.num_layers)
         _, kl = vae.infer(model, params, batch["image"], noise, kl_of_channels)
         return [(of_layer * batch["mask"][:, None]).sum(0) for of_layer in kl]
 

@@ -95,7 +95,7 @@ def load(run: Run, mesh: Mesh) -> Loaded:
         of_layers = coding.by_layer(model, _temperatures(run.config, temperature))
         keys = rng.per_example(jax.random.key(0) if key is None else key, jnp.arange(len(given[0])))
         masks, rows = [np.float32(is_known) for is_known in known], {"latents": given, "keys": keys}
-        complete = lambda rows: completed(params(), rows["latents"], masks, rows["keys"], of_layers, 0.0)
+        complete = lambda rows: completed(params(), rows["latents"], masks, rows["keys"], of_layers)
         return in_batches(complete, rows)
 
     def interpolate(

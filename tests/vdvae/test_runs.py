@@ -13,13 +13,13 @@ import PIL.Image
 import pytest
 
 import bitsperdim
-from bitsperdim import cli, config_files, data, extracted, sharding, trainer
+from bitsperdim import cli, config_files, data, extracted, rng, sharding, trainer
 from bitsperdim import run as run_lib
 from bitsperdim import step as step_lib
 from bitsperdim.errors import InputError
 from bitsperdim.facts import Facts
 from bitsperdim.metrics import read
-from vdvae import coding, latent_store, levels, model_stage, pruning, run_plots, vae
+from vdvae import coding, latent_store, levels, model_stage, network, pruning, run_plots, vae
 from vdvae.config import EncodingConfig, ModelConfig, ObjectiveConfig
 
 DIGITS = Facts((8, 8, 1), 17)
@@ -254,6 +254,21 @@ def test_a_data_set_goes_into_latents_and_back_with_its_likelihood(stored, monke
     np.testing.assert_array_equal(np.load(tmp_path / "decoded-evaluation.npy"), decoded)
     figures = json.loads((tmp_path / "decoded-evaluation.json").read_text())
     assert figures["nats"] == pytest.approx(float(parts["nats"].mean()), rel=1e-6) and figures["images"] == 360
+
+
+def test_divergences_of_channels_are_of_the_images_alone(run):
+    """Nine images in a batch of sixteen: what fills it up does not count."""
+    few = dataclasses.replace(run.config.encoding, images=9)
+    mesh = sharding.make_mesh(run.config.mesh)
+    found = pruning.kl_by_channel(run._replace(config=dataclasses.replace(run.config, encoding=few)), mesh)
+    source = data.open_source(run.config.data, "train")
+    images = source.read(np.linspace(0, source.size - 1, 9).astype(np.int64))["image"]
+    model, key = vae.make(run.config.model, DIGITS), jax.random.key(run.seed("kl_by_channel"))
+    noise = network.posterior_sources(rng.per_example(key, jnp.arange(9)), model.num_layers)
+    params = trainer.restore(run, "model", mesh)[1]["ema"]
+    _, kl = jax.jit(lambda params: vae.infer(model, params, images, noise, pruning.kl_of_channels))(params)
+    for ours, of_layer in zip(found, kl, strict=True):
+        np.testing.assert_allclose(ours, of_layer.mean(0) / math.log(2.0), rtol=1e-4, atol=1e-6)
 
 
 def test_a_store_is_refused_to_another_model_and_with_other_settings(stored):
