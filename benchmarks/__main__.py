@@ -13,6 +13,7 @@ import difflib
 import importlib
 import pathlib
 import sys
+from collections.abc import Callable
 
 from bitsperdim import scripts
 from bitsperdim.errors import RunError
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
             return 2
         from benchmarks import record
 
-        return record.show_comparison(*argv[1:])
+        return ended(lambda: record.show_comparison(*argv[1:]))
     name = argv[0]
     if name not in listed():
         near = difflib.get_close_matches(name, listed(), n=1, cutoff=0.0)[0]
@@ -48,8 +49,13 @@ def main(argv: list[str]) -> int:
         return 2
     scripts.keep_freed_memory()  # as the scripts do, before JAX has threads
     sys.argv = [f"python -m benchmarks {name}", *argv[1:]]
+    return ended(lambda: importlib.import_module(f"benchmarks.{name}").main())
+
+
+def ended(work: Callable[[], None]) -> int:
+    """The exit code of `work`, whose bad input is told in one line."""
     try:
-        importlib.import_module(f"benchmarks.{name}").main()
+        work()
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -17,12 +17,10 @@ of LINKS. Both ends are given: nothing of them overlaps, all of it does. Latenci
 """
 
 import argparse
-import json
 import math
-import os
 from typing import NamedTuple
 
-from benchmarks import record as record_lib
+from benchmarks.record import Record, markdown
 from bitsperdim import config_files, plan
 
 COUNTS = (1, 8, 64, 128)
@@ -59,19 +57,13 @@ def main() -> None:
     parser.add_argument("--out", help="a file of JSON lines, added to")
     arguments = parser.parse_args()
     plan.use_devices(max(arguments.counts))
-    record, shown = record_lib.Record("devices"), []
-    done = record_lib.read(arguments.out) if arguments.out and os.path.exists(arguments.out) else []
+    record, shown = Record("devices", arguments.out), []
     for case in CASES:
         if case.config not in arguments.configs or case.stage not in arguments.stages:
             continue
         for count in arguments.counts:
             of = {"config": case.config, "count": count}
-            line = next((line for line in done if line["case"] == case.stage and line["of"] == of), None)
-            if line is None:
-                line = record.say(case.stage, of, **compiled(case, count))
-                if arguments.out:
-                    with open(arguments.out, "a") as stream:
-                        print(json.dumps(line), file=stream)
+            line = record.known(case.stage, of) or record.say(case.stage, of, **compiled(case, count))
             shown.append(line["of"] | line["figures"])
     print("\n" + "\n".join(table(shown)))
 
@@ -122,4 +114,4 @@ def table(records: list[dict]) -> list[str]:
             least, most = efficiency(record, one, name) if one else (math.nan, math.nan)
             row.append(f"{least:.1%} to {most:.1%}" if one and record["count"] > 1 else "")
         rows.append(row)
-    return record_lib.markdown([*columns, *LINKS], rows)
+    return markdown([*columns, *LINKS], rows)

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[8, 16, 32, 64], help="edges of the grids of codes")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="grids drawn at once")
     parser.add_argument("--reading", choices=READINGS, default="quadrant", help="of the paper's 5x5 kernels")
-    parser.add_argument("--attention_every", type=int, default=0, help="so many layers; 0: none")
+    parser.add_argument("--attention_every", type=int, default=0, help="behind every so many layers; 0: none")
     arguments, record = parser.parse_args(), Record("priors")
     reading, every, hidden = arguments.reading, arguments.attention_every, arguments.hidden
     network = PixelSnail(NUM_CODES, 64, hidden, 4 * hidden, arguments.layers, 5 if reading == "causal" else 3, reading)

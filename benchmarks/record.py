@@ -9,26 +9,35 @@
 
 import json
 import pathlib
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bitsperdim import config, metrics
+from bitsperdim.errors import InputError
 
 
 class Record:
-    """The cases of one benchmark, printed as they come."""
+    """The cases of one benchmark, printed as they come, and added to the file `out` where there is one."""
 
-    def __init__(self, benchmark: str):
+    def __init__(self, benchmark: str, out: str | None = None):
         self.benchmark = benchmark
         self.cases: list[dict[str, Any]] = []
+        self.out = pathlib.Path(out) if out else None
+        self.before = _cases(self.out) if self.out and self.out.exists() else []
 
     def say(self, case: str, of: Mapping[str, Any] = {}, **figures: Any) -> dict[str, Any]:
         """Prints one case; numbers are cut to six digits."""
         line = {"benchmark": self.benchmark, "case": case, "of": dict(of), "figures": short(figures), "on": machine()}
         self.cases.append(line)
-        print(json.dumps(line), flush=True)
+        print(text := json.dumps(line), flush=True)
+        if self.out:
+            with self.out.open("a") as stream:
+                print(text, file=stream)
         return line
+
+    def known(self, case: str, of: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What `say` has written to `out` in an earlier start."""
+        return next((line for line in self.before if line["case"] == case and line["of"] == of), None)
 
     def end(self) -> None:
         """The table of all cases."""
@@ -75,16 +84,21 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 
 def read(path: str) -> list[dict[str, Any]]:
-    """The cases in what a benchmark has printed; other lines are passed over. ValueError where there are none."""
+    """The cases in what a benchmark has printed; other lines are passed over. InputError where there are none."""
+    if cases := _cases(pathlib.Path(path)):
+        return cases
+    raise InputError(f"{path} has no line of a benchmark")
+
+
+def _cases(path: pathlib.Path) -> list[dict[str, Any]]:
     try:
-        lines = [line for line in pathlib.Path(path).read_text().splitlines() if line.startswith("{")]
+        lines = [line for line in path.read_text().splitlines() if line.startswith("{")]
         found = [json.loads(line) for line in lines]
+    except OSError as error:
+        raise InputError(str(error)) from error
     except ValueError as error:  # no text, or a line that is cut off
-        raise ValueError(f"{path} is no file of JSON lines ({error})") from error
-    cases = [case for case in found if {"benchmark", "case", "of", "figures"} <= case.keys()]
-    if not cases:
-        raise ValueError(f"{path} has no line of a benchmark")
-    return cases
+        raise InputError(f"{path} is no file of JSON lines ({error})") from error
+    return [case for case in found if {"benchmark", "case", "of", "figures"} <= case.keys()]
 
 
 def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
@@ -106,19 +120,13 @@ def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, An
     return rows
 
 
-def show_comparison(one: str, other: str) -> int:
-    """Prints two files side by side, and what they were measured on where that differs; the exit code."""
-    try:
-        before, after = read(one), read(other)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def show_comparison(one: str, other: str) -> None:
+    """Prints two files side by side, and what they were measured on where that differs."""
+    before, after = read(one), read(other)
     rows = compare(before, after)
     if not rows:
-        print(f"error: {one} and {other} have no case in common", file=sys.stderr)
-        return 2
+        raise InputError(f"{one} and {other} have no case in common")
     print(metrics.table(rows, ("case", "figure", one, other, "ratio")))
     machines = [sorted({json.dumps(case.get("on"), sort_keys=True) for case in cases}) for cases in (before, after)]
     if machines[0] != machines[1]:
         print(f"\nnote: measured on different machines or versions\n  {one}: {machines[0]}\n  {other}: {machines[1]}")
-    return 0

@@ -242,11 +242,9 @@ def _duration(run: Run) -> str:
         if stage.settings and speeds:
             middle = sorted(r["images_per_second"] for r in speeds)[len(speeds) // 2]
             seconds += stage.settings.steps * stage.settings.batch_size / middle
-    return (
-        f", where all steps took {seconds / 60:,.0f} minutes of the clock beside whatever else ran there"
-        if seconds >= 30
-        else ""
-    )
+    if seconds < 30:
+        return ""
+    return f", where all steps took {seconds / 60:,.0f} minutes of the clock beside whatever else ran there"
 
 
 def references(name: str, results: Sequence[Row]) -> list[Reference]:

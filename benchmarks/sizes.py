@@ -15,9 +15,6 @@ backend computes bfloat16 in float32, so an accelerator needs less where the con
 
 import argparse
 import difflib
-import json
-import os
-import pathlib
 import runpy
 
 from benchmarks.record import Record, markdown
@@ -74,36 +71,22 @@ def main() -> None:
     parser.add_argument("--parameters", action="store_true", help="compile nothing")
     parser.add_argument("--out", help="a file of JSON lines, added to")
     parser.add_argument("--devices", type=int, default=8, help="of the mesh")
-    arguments, record = parser.parse_args(), Record("sizes")
+    arguments = parser.parse_args()
+    record, cases = Record("sizes", arguments.out), []
     plan.use_devices(arguments.devices)
-    try:
-        wanted = chosen(arguments.configs, arguments.stages)
-    except InputError as error:
-        parser.error(str(error))
-    cases, done = [], measured(arguments.out) if arguments.out else {}
-    for name, stages in wanted:
+    for name, stages in chosen(arguments.configs, arguments.stages):
         values = config_files.load(name)
         if name == "vqvae2_tiny_imagenet":
             values.data = TINY_IMAGENET
         with plan.planned(values) as (run, mesh):
             for stage in map(run.stage, stages):
-                case = done.get((name, stage.name))
-                if case is None:
-                    found = figures(plan.of_stage(run, stage, mesh, compiles=not arguments.parameters))
-                    line = record.say("step", {"config": name, "stage": stage.name}, **found)
-                    case = line["of"] | line["figures"]
-                    if arguments.out:
-                        with open(arguments.out, "a") as stream:
-                            print(json.dumps(line), file=stream)
-                cases.append(case)
+                of = {"config": name, "stage": stage.name}
+                line = record.known("step", of)
+                if line is None:
+                    found = plan.of_stage(run, stage, mesh, compiles=not arguments.parameters)
+                    line = record.say("step", of, **figures(found))
+                cases.append(line["of"] | line["figures"])
     print("\n" + "\n".join(markdown(COLUMNS, [[case.get(column) for column in COLUMNS] for case in cases])))
-
-
-def measured(path: str) -> dict[tuple[str, str], dict]:
-    """The cases of an earlier start, by config and stage."""
-    lines = pathlib.Path(path).read_text().splitlines() if os.path.exists(path) else []
-    cases = [line["of"] | line["figures"] for line in map(json.loads, lines)]
-    return {(case["config"], case["stage"]): case for case in cases}
 
 
 def figures(record: dict) -> dict:
