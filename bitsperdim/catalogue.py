@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from bitsperdim import config_files, plan
+from bitsperdim import run as run_lib
 from bitsperdim.errors import InputError
 
 WIDTH = 120
@@ -87,8 +88,7 @@ def data_of(values: ConfigDict) -> str:
     given = values.to_dict()["data"]
     source = " ".join(given[key] for key in ("source", "name") if given.get(key))
     try:
-        with plan.planned(values) as (run, _):
-            about = plan.facts_of(run.config.data)
+        about = plan.facts_of(run_lib.parse(values)[1].data)
     except InputError:
         return source
     return f"{source}, {' x '.join(map(str, about.shape))} of {about.levels} levels"
