@@ -300,8 +300,8 @@ def _pictures(run: Run, config: Config) -> Pictures:
         for last in range(1, len(config.levels)):
             rows.append(code.decode(params, extra, {level: codes[level] for level in config.levels[:last]}))
         # The middle of each part of them: where crops of a picture lie in order, the first are of its edge.
-        count = len(originals)
-        chosen = (np.arange(0.5, min(NUM_BY_LEVEL, count)) * count / min(NUM_BY_LEVEL, count)).astype(np.int64)
+        parts = min(NUM_BY_LEVEL, len(originals))
+        chosen = ((np.arange(parts) + 0.5) * len(originals) / parts).astype(np.int64)
         tiles = np.stack([*rows, reconstructions], 1)[chosen].reshape(-1, *originals.shape[1:])
         grid = images.grid(tiles, columns=len(rows) + 1, levels=levels)
         headings = ["image", "top alone", *(f"to {level}" for level in config.levels[1:-1]), "all codes"]
